@@ -1,0 +1,623 @@
+"""Bounds of a ReLU network over an L-infinity ball, by convex relaxation.
+
+For a network f, an image x in [0, 1] and a radius eps, the input set is the ball
+    B(x) = {x' : |x' - x|_inf <= eps, 0 <= x' <= 1},
+and everything here returns numbers that hold for *every* x' in B(x): lower and upper bounds of the
+pre-activations, and lower bounds of the margins logit[y] - logit[k]. If all margins k != y have a
+positive lower bound, no perturbation of radius eps changes the prediction: the image is certified.
+
+Three relaxations, one engine. They differ only in two choices:
+
+    relax        bounds before each ReLU             bound of the margins
+    "box"        interval arithmetic                 interval arithmetic        (last layer elided)
+    "crown-ibp"  interval arithmetic                 back-substitution
+    "deeppoly"   back-substitution, layer by layer   back-substitution
+
+    box        Gowal et al. 2018, "On the effectiveness of interval bound propagation" (IBP)
+    crown-ibp  Zhang et al. 2020, "Towards stable and efficient training of verifiably robust NNs"
+    deeppoly   Singh et al. 2019, "An abstract domain for certifying neural networks"; the same
+               bound as CROWN, Zhang et al. 2018, "Efficient neural network robustness certification"
+
+Back-substitution in four lines. To bound a row a.z + d from below, where z = W h + b and
+h = relu(z'): (1) replace z by W h + b, which is exact; (2) replace each h_j by a line in z'_j that
+lies below relu where its coefficient is positive and above relu where it is negative; (3) repeat
+down to the input; (4) minimise the remaining linear function over the ball, which is exact.
+
+Guarantee: the bounds are sound in exact arithmetic, for every network this file accepts. In
+floating point they carry the rounding error of the sums, so a margin within about 1e-4 of zero
+should be decided in float64 (certify.py does). TF32 rounds to 10 bits and is switched off below.
+
+Letters in shape comments, here and in the other modules:
+    P  parameter vectors (the population; 1 if there is only one)      B  samples      K  classes
+    N  neurons of a layer, N = C*H*W       O, C  channels out of / into a convolution
+    G  positions of the bounded layer's map, Ho*Wo (1 for a linear layer)
+    R  rows bounded at each position       F  features that such a row depends on
+    U  rows picked out one by one          D  parameters
+"""
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# A bound computed with 10-bit mantissas is no bound; cuDNN would use them on convolutions.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_tf32 = False
+
+RELAXATIONS = ("box", "crown-ibp", "deeppoly")
+CHUNK = 2 ** 27     # coefficients in flight at once: 0.5 GB in float32, all of CNN3 at batch 128
+
+
+# ---------------------------------------------------------------------------------- the network
+
+class Affine(NamedTuple):
+    """One affine layer z = W h + b of a network, for each of P parameter vectors."""
+    weight: torch.Tensor     # (P, O, I), or (P, O, C/groups, kh, kw) for a convolution
+    bias: torch.Tensor       # (P, O)
+    in_shape: tuple          # (N,) or (C, H, W)
+    out_shape: tuple
+    stride: tuple = None     # None marks a linear layer
+    padding: tuple = None
+    dilation: tuple = None
+    groups: int = 1
+
+    @property
+    def is_conv(self):
+        return self.stride is not None
+
+    @property
+    def is_elementwise(self):  # a 1x1 depthwise convolution, as normalisation is: maps boxes to boxes
+        return self.is_conv and self.weight.shape[2:] == (1, 1, 1) and self.stride == (1, 1) \
+            and self.padding == (0, 0) and self.groups == self.weight.shape[1] == self.in_shape[0]
+
+
+def read_network(net, in_shape, params=None):
+    """The network as stages: lists of Affine layers, with one ReLU between consecutive stages; and
+    the shape of each ReLU's input, without the batch.
+
+    BatchNorm2d in eval mode is itself affine, z -> s z + t with s = gamma / sqrt(var + eps) and
+    t = beta - s mean: folded into the convolution before it, else a 1x1 depthwise convolution.
+    Raises ValueError, naming the layer, for what cannot be bounded.
+    """
+    if not isinstance(net, nn.Sequential):
+        raise ValueError(f"net is a {type(net).__name__}; it has to be a torch.nn.Sequential")
+    params, sizes = params or {}, {len(t) for t in (params or {}).values()}
+    known = {name for name, _ in net.named_parameters()} | {name for name, _ in net.named_buffers()}
+    if set(params) - known or len(sizes) > 1:
+        raise ValueError("params has to map names of net.state_dict() to tensors with one leading P; "
+                         f"got the sizes {sorted(sizes)}, unknown {sorted(set(params) - known)}")
+    P = sizes.pop() if sizes else 1
+
+    def get(i, name):  # a tensor of layer i, with its leading P
+        own = getattr(net[i], name)
+        t = params.get(f"{i}.{name}")
+        return (own[None].expand(P, *own.shape) if t is None else t) if own is not None else None
+
+    stages, shapes, shape = [[]], [], tuple(in_shape)
+    for i, layer in enumerate(net):
+        where = f"layer {i} ({type(layer).__name__})"
+        if isinstance(layer, nn.ReLU):
+            stages.append([])
+            shapes.append(shape)
+        elif isinstance(layer, nn.Flatten):
+            if (layer.start_dim, layer.end_dim) != (1, -1):
+                raise ValueError(f"{where}: only Flatten(start_dim=1, end_dim=-1) is supported")
+            shape = (torch.Size(shape).numel(),)
+        elif isinstance(layer, nn.Linear):
+            if shape != (layer.in_features,):
+                raise ValueError(f"{where} takes {layer.in_features} features, but gets the shape "
+                                 f"{shape}" + "; is nn.Flatten() missing?" * (len(shape) == 3))
+            bias = get(i, "bias")
+            bias = get(i, "weight").new_zeros(P, layer.out_features) if bias is None else bias
+            stages[-1].append(Affine(get(i, "weight"), bias, shape, (layer.out_features,)))
+            shape = stages[-1][-1].out_shape
+        elif isinstance(layer, nn.Conv2d):
+            stages[-1].append(_read_conv(layer, where, get(i, "weight"), get(i, "bias"), shape))
+            shape = stages[-1][-1].out_shape
+        elif isinstance(layer, nn.BatchNorm2d):
+            if layer.training or layer.running_mean is None:
+                raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "
+                                 "track_running_stats=True), so that it is a fixed affine map")
+            if len(shape) != 3 or shape[0] != layer.num_features:
+                raise ValueError(f"{where} takes {layer.num_features} channels, gets {shape}")
+            scale = (get(i, "running_var") + layer.eps).rsqrt()
+            scale = scale * get(i, "weight") if layer.affine else scale             # (P, C)
+            shift = -get(i, "running_mean") * scale
+            shift = shift + get(i, "bias") if layer.affine else shift
+            if stages[-1] and stages[-1][-1].is_conv:
+                conv = stages[-1].pop()
+                stages[-1].append(conv._replace(weight=conv.weight * scale[..., None, None, None],
+                                                bias=conv.bias * scale + shift))
+            else:
+                stages[-1].append(Affine(scale[..., None, None, None], shift, shape, shape,
+                                         (1, 1), (0, 0), (1, 1), groups=shape[0]))
+        else:
+            raise ValueError(f"{where} is not supported; supported are Conv2d, Linear, ReLU, "
+                             "Flatten and BatchNorm2d in eval mode, in a flat nn.Sequential")
+    if len(shape) != 1 or not any(stages):
+        raise ValueError(f"the network ends in the shape {shape}, not in logits; "
+                         "is nn.Flatten() or a layer missing?")
+    return stages, shapes
+
+
+def _read_conv(layer, where, weight, bias, shape):
+    if len(shape) != 3 or shape[0] != layer.in_channels:
+        raise ValueError(f"{where} takes {layer.in_channels} channels, but gets the shape {shape}")
+    span = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+    padding = layer.padding
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same" and not any(s % 2 for s in span):
+        padding = tuple(s // 2 for s in span)
+    if isinstance(padding, str) or layer.padding_mode != "zeros":
+        raise ValueError(f"{where}: only symmetric zero padding is supported, not "
+                         f"padding={layer.padding!r}, padding_mode={layer.padding_mode!r}")
+    size = tuple((n + 2 * p - s - 1) // t + 1
+                 for n, p, s, t in zip(shape[1:], padding, span, layer.stride))
+    if min(size) < 1:
+        raise ValueError(f"{where}: its kernel is larger than its input {shape}")
+    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
+    return Affine(weight, bias, shape, (layer.out_channels, *size),
+                  layer.stride, padding, layer.dilation, layer.groups)
+
+
+# ----------------------------------------------------------------------------- interval arithmetic
+
+def _forward(op, x, weight, bias=None):
+    """W x + b for a batch: x (P or 1, B, N_in) -> (P, B, N_out)."""
+    P, B = len(weight), x.shape[1]
+    if not op.is_conv:
+        y = x @ weight.mT
+        return y if bias is None else y + bias[:, None]
+    # The population becomes channels: one grouped convolution, or, while all members still see
+    # the same input, one convolution with P times the output channels.
+    shared = len(x) == 1 and op.groups == 1
+    x = (x if shared else x.expand(P, -1, -1)).transpose(0, 1).reshape(B, -1, *op.in_shape[1:])
+    y = F.conv2d(x, weight.flatten(0, 1), None if bias is None else bias.flatten(),
+                 op.stride, op.padding, op.dilation, 1 if shared else P * op.groups)
+    return y.reshape(B, P, -1).transpose(0, 1)
+
+
+def interval(ops, lower, upper):
+    """Interval arithmetic: centre c -> W c + b, radius r -> |W| r (Gowal et al. 2018).
+
+    Exact for one affine layer over a box; for several in a row, only sound. (P or 1, B, N) each.
+    """
+    centre, radius = (lower + upper) / 2, (upper - lower) / 2
+    for op in ops:
+        centre = _forward(op, centre, op.weight, op.bias)
+        radius = _forward(op, radius, op.weight.abs())
+    return centre - radius, centre + radius
+
+
+# ----------------------------------------------------------------------------- relaxing one ReLU
+# Where l < 0 < u, relu is enclosed between two lines, of which only the lower one is a choice:
+#
+#            u |      ,/            upper: the chord   relu(z) <= u/(u-l) (z - l)
+#              |   ,-'/             lower: any slope   relu(z) >= s z  with  0 <= s <= 1
+#              |,-'  /
+#           ,-'|    /    slope 1    A neuron with l >= 0 (slopes 1, 1) or u <= 0 (slopes 0, 0) is
+#        ,-'   |   /                exactly linear: "stable". Nothing is lost there.
+#     --l------+--/-------u-- slope 0
+
+def adaptive(l, u):
+    """Slope 1 if u >= -l else 0: the smaller area between the lines (DeepPoly; CROWN-adaptive)."""
+    return (u >= -l).to(l.dtype)
+
+
+def zero(l, u):
+    """Always 0: keeps relu >= 0, forgets z. The safest choice where most neurons are inactive."""
+    return torch.zeros_like(l)
+
+
+def one(l, u):
+    """Always 1."""
+    return torch.ones_like(l)
+
+
+def parallel(l, u):
+    """The slope of the upper line, u / (u - l) (Fast-Lin; the zonotope of DeepZ)."""
+    return u / (u - l)
+
+
+class Relu(NamedTuple):
+    """Two lines around relu over [l, u]: lower z <= relu(z) <= upper z + intercept. (P, B, N)."""
+    lower: torch.Tensor
+    upper: torch.Tensor
+    intercept: torch.Tensor
+
+
+def relax_relu(l, u, slope=adaptive):
+    """The two lines for every neuron with pre-activation in [l, u]; slope(l, u) in [0, 1]."""
+    unstable = (l < 0) & (u > 0)
+    # Stable neurons get harmless stand-ins for l and u, so that no 0/0 reaches the gradient.
+    low, high = torch.where(unstable, l, -1.0), torch.where(unstable, u, 1.0)
+    active = (l >= 0).to(l.dtype)
+    upper = torch.where(unstable, high / (high - low), active)
+    lower = torch.where(unstable, slope(low, high), active)
+    return Relu(lower, upper, torch.where(unstable, -upper * low, 0.0))
+
+
+# ------------------------------------------------------------------------- windows of coefficients
+# One neuron of a convolution depends on a small window of the map below, and, further down, on a
+# larger window of the next map. So its coefficients are kept for that window only:
+#
+#     the bounded layer      the map below            the map below that
+#     . . . . .              . . . . . . .            . . . . . . . . .
+#     . . # . .   kernel 3   . . # # # . .  kernel 3  . . # # # # # . .
+#     . . . . .   -------->  . . # # # . .  ------->  . . # # # # # . .     stride 1 in this drawing
+#     . . . . .              . . # # # . .            . . # # # # # . .
+#
+# The neuron at position (y, x) sees the rows  y*stride - padding + (0 .. kernel-1), columns alike.
+# What falls outside the map is zero padding: slopes and inputs read there are 0, so the
+# coefficients there vanish by themselves. When the window outgrows the map, and above linear
+# layers, a row holds one coefficient per neuron: the window is None, all rows are at one position.
+
+class Window(NamedTuple):
+    kernel: tuple
+    stride: tuple
+    padding: tuple
+
+
+def _below(window, op):
+    """The window that a row has after back-substitution through op (None: the whole map)."""
+    if window is None or not op.is_conv:
+        return None
+    k, s, p = (tuple(op.weight.shape[3:]), op.stride, op.padding)
+    kernel = tuple((K - 1) * s + d * (k - 1) + 1
+                   for K, s, d, k in zip(window.kernel, s, op.dilation, k))
+    if kernel[0] * kernel[1] >= op.in_shape[1] * op.in_shape[2]:
+        return None
+    return Window(kernel, tuple(S * t for S, t in zip(window.stride, s)),
+                  tuple(Q * t + q for Q, t, q in zip(window.padding, s, p)))
+
+
+@lru_cache(maxsize=128)
+def _seen(window, positions, shape, device):
+    """Which neurons of a (C, H, W) map each position sees: indices (G, F), N = C*H*W for padding."""
+    C, H, W = shape
+    lines, inside = [], []
+    for axis in (0, 1):
+        start = torch.arange(positions[axis], device=device) * window.stride[axis]
+        line = start[:, None] - window.padding[axis] + torch.arange(window.kernel[axis], device=device)
+        lines.append(line)                                                    # (Ho, kh), (Wo, kw)
+        inside.append((line >= 0) & (line < shape[1 + axis]))
+    index = lines[0][:, None, None, :, None] * W + lines[1][None, :, None, None, :]
+    index = index + torch.arange(C, device=device)[:, None, None] * (H * W)   # (Ho, Wo, C, kh, kw)
+    outside = ~(inside[0][:, None, None, :, None] & inside[1][None, :, None, None, :])
+    return index.masked_fill(outside, C * H * W).flatten(2).flatten(0, 1)     # (G, F)
+
+
+class Rows(NamedTuple):
+    """Where the rows being bounded sit. Without picks: every position of every sample, (B, G)."""
+    positions: tuple               # (Ho, Wo) of the bounded layer
+    sample: torch.Tensor = None    # (P, U) picked rows: member * B + sample
+    position: torch.Tensor = None  # (P, U) and their position, 0 <= position < G
+
+    @property
+    def picked(self):
+        return self.sample is not None
+
+
+def _take(t, window, shape, rows):
+    """What each row sees of a map t (P or 1, B, N): (P, B, G, 1, F), or (P, U, 1, 1, F) if picked."""
+    G = 1
+    if window is None:
+        t = t[:, :, None]                                                      # (P, B, 1, N)
+    else:
+        index = _seen(window, rows.positions, shape, t.device)
+        G = len(index)
+        t = F.pad(t, (0, 1)).index_select(-1, index.flatten()).view(*t.shape[:2], *index.shape)
+    if rows.picked:
+        P, U = rows.sample.shape
+        cell = rows.sample * G + (rows.position if window is not None else 0)
+        t = t.expand(P, *t.shape[1:]).flatten(0, 2).index_select(0, cell.flatten()).view(P, U, 1, -1)
+    return t[..., None, :]
+
+
+def _whole_map(A, window, shape, rows):
+    """Rows over windows -> the same rows over the whole map: (P, B, G, R, F) -> (P, B, 1, G*R, N)."""
+    index = _seen(window, rows.positions, shape, A.device)                     # (G, F)
+    index = index[rows.position][:, :, None, None] if rows.picked else index[None, None, :, None]
+    A = A.expand(torch.broadcast_shapes(A.shape, index.shape))
+    zeros = A.new_zeros(*A.shape[:-1], torch.Size(shape).numel() + 1)          # the last for padding
+    return zeros.scatter(-1, index.expand(A.shape), A)[..., :-1].flatten(2, 3).unsqueeze(2)
+
+
+def _matrix(op, kernel):
+    """A convolution on a window: (P, O*kh*kw, F), one row per entry of a kernel-sized patch.
+
+    The transposed convolution of each unit patch; F covers the window below, see _below.
+    """
+    P, O = op.weight.shape[:2]
+    n = O * kernel[0] * kernel[1]
+    patches = torch.eye(n, dtype=op.weight.dtype, device=op.weight.device).view(n, O, *kernel)
+    patches = patches.repeat(1, P, 1, 1)                                       # (n, P*O, kh, kw)
+    M = F.conv_transpose2d(patches, op.weight.flatten(0, 1), stride=op.stride,
+                           dilation=op.dilation, groups=P * op.groups)
+    return M.view(n, P, -1).transpose(0, 1)
+
+
+# ------------------------------------------------------------------------------ back-substitution
+# Coefficients A (P, B, G, R, F) and constants d (P, B, G, R); any of P, B, G may be 1 as long as
+# the rows do not differ there. Three operations: through an affine layer, through a ReLU, and
+# the minimum over a box.
+
+def _through_affine(A, d, window, op, rows):
+    """a.z + d with z = W h + b  ->  (a W).h + (d + a.b), exactly."""
+    lead, per_channel = A.shape[:-1], A.shape[-1] // op.bias.shape[1]
+    b = op.bias.repeat_interleave(per_channel, dim=1) if per_channel > 1 else op.bias
+    flat = A.flatten(1, 3)                                                     # (P, rows, F)
+    d = d + (flat @ b[..., None]).view(-1, *lead[1:])
+    below = _below(window, op)
+    if below is not None:
+        A = flat @ _matrix(op, window.kernel)
+    elif not op.is_conv:
+        A = flat @ op.weight
+    else:
+        if window is not None:
+            A = _whole_map(A, window, op.out_shape, rows)
+            lead = A.shape[:-1]                                                # (P, B, 1, G*R)
+            d = d.expand(*lead[:2], lead[3] // d.shape[3], -1).flatten(2).unsqueeze(2)
+        A = _conv_transpose(A.flatten(1, 3), op)
+    return A.view(-1, *lead[1:], A.shape[-1]), d, below
+
+
+def _conv_transpose(A, op):
+    """Rows over the whole output map -> over the whole input map: (P, M, N_out) -> (P, M, N_in)."""
+    P, M = len(op.weight), A.shape[1]
+    A = A.expand(P, -1, -1).transpose(0, 1).reshape(M, -1, *op.out_shape[1:])  # (M, P*O, Ho, Wo)
+    rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, p, d, k, s in zip(
+        op.in_shape[1:], op.padding, op.dilation, op.weight.shape[3:], op.stride)]
+    A = F.conv_transpose2d(A, op.weight.flatten(0, 1), None, op.stride, op.padding,
+                           output_padding=rest, groups=P * op.groups, dilation=op.dilation)
+    return A.reshape(M, P, -1).transpose(0, 1)
+
+
+def _through_relu(A, d, lower, upper, intercept):
+    """Each relu(z) by its lower line where its coefficient is positive, its upper line where not.
+
+    A+ (lower z) + A- (upper z + intercept), where A = A+ + A-. Slopes (P, B, G, 1, F).
+    """
+    negative = A.clamp(max=0)
+    d = d + _dot(negative, intercept)
+    return torch.addcmul(A * lower, negative, upper - lower), d
+
+
+def _minimum(A, d, lower, upper):
+    """min of A x + d over the box lower <= x <= upper: A+ lower + A- upper + d, exact."""
+    return d + _dot(A, lower) + _dot(A.clamp(max=0), upper - lower)
+
+
+def _dot(A, v):
+    """(P, B, G, R, F) . (P, B, G, 1, F) -> (P, B, G, R), as a product with a column."""
+    return (A @ v.mT).squeeze(-1)
+
+
+def _lower_bounds(A, d, window, shape, rows, stages, bottom, relus, box):
+    """Sound lower bounds, (P, B, G, R), of A h + d, where h are the outputs of stages[-1].
+
+    Substitutes backwards through the stages and the ReLUs between them, down to and with
+    stages[bottom], whose inputs lie in box. shape is that of h, rows and window say what A sees.
+    """
+    top = len(stages) - 1
+    for s in range(top, bottom - 1, -1):
+        for n, op in enumerate(reversed(stages[s])):
+            if window is not None and window.padding != (0, 0) and (n > 0 or s == top):
+                # No ReLU has been between this layer and the last, so A is not yet 0 on padding.
+                inside = A.new_ones(1, 1, torch.Size(shape).numel())
+                A = A * _take(inside, window, shape, rows)
+            A, d, window = _through_affine(A, d, window, op, rows)
+            shape = op.in_shape
+        if s > bottom:
+            A, d = _through_relu(A, d, *(_take(t, window, shape, rows) for t in relus[s - 1]))
+    return _minimum(A, d, *(_take(t, window, shape, rows) for t in box))
+
+
+def _widest(window, shape, ops):
+    """The most coefficients that one row holds on its way down through ops."""
+    most = 0
+    for op in [*reversed(ops), None]:
+        kernel = shape[1:] if window is None else window.kernel
+        most = max(most, shape[0] * torch.Size(kernel).numel())
+        if op is not None:
+            window, shape = _below(window, op), op.in_shape
+    return most
+
+
+def _first_rows(op):
+    """The rows e_j W of a layer, which depend on the weights alone, by their first step down.
+
+    Returns W (P, Gx, O, F), constants (P, Gx, O), and what W sees: a window, with Gx = 1 row per
+    channel that serves every position; or, if that outgrows the map, all of it, with Gx = G.
+    """
+    O, P = op.out_shape[0], len(op.weight)
+    rows = Rows(op.out_shape[1:] if op.is_conv else (1, 1))
+    eye = torch.eye(O, dtype=op.weight.dtype, device=op.weight.device)[None, None, None]
+    W, c, window = _through_affine(eye, eye.new_zeros(1, 1, 1, O),
+                                   Window((1, 1), (1, 1), (0, 0)) if op.is_conv else None, op, rows)
+    return W.view(P, -1, O, W.shape[-1]), c.view(P, -1, O), window, rows
+
+
+def _in_chunks(bound, jobs):
+    """Results of all jobs, one after another, keeping only what the backward pass cannot redo."""
+    if len(jobs) == 1 or not torch.is_grad_enabled():
+        return [bound(*job) for job in jobs]
+    return [checkpoint(bound, *job, use_reentrant=False, preserve_rng_state=False) for job in jobs]
+
+
+def _back_substituted(s, stages, relus, box, chunk):
+    """Textbook bounds (l, u) of every pre-activation of stage s, (P, B, N) each.
+
+    An upper bound of z_j is minus a lower bound of -z_j, so each neuron gives two rows.
+    """
+    op, below = stages[s][-1], [*stages[:s], stages[s][:-1]]
+    W, c, window, rows = _first_rows(op)
+    P, B, O, G = len(W), box[0].shape[1], W.shape[2], rows.positions[0] * rows.positions[1]
+    pairs = max(1, chunk // (2 * P * G * _widest(window, op.in_shape, sum(below, []))))
+    channels, samples = min(O, pairs), max(1, pairs // O)
+
+    def bound(b, o):
+        A = torch.stack((W[:, :, o:o + channels], -W[:, :, o:o + channels]), 2)
+        d = torch.stack((c[:, :, o:o + channels], -c[:, :, o:o + channels]), 2)
+        some = [[t[:, b:b + samples] for t in maps] for maps in (*relus[:s], box)]
+        low = _lower_bounds(A.view(P, 1, 1, -1, A.shape[-1]), d.view(P, 1, 1, -1), window,
+                            op.in_shape, rows, below, 0, some[:-1], some[-1])
+        return low.view(P, low.shape[1], G, 2, -1).transpose(2, 4)             # (P, b, o, 2, G)
+
+    starts = range(0, O, channels)
+    low = _in_chunks(bound, [(b, o) for b in range(0, B, samples) for o in starts])
+    low = torch.cat([torch.cat(low[i:i + len(starts)], 2) for i in range(0, len(low), len(starts))], 1)
+    return low[:, :, :, 0].flatten(2), -low[:, :, :, 1].flatten(2)
+
+
+def _tightened(l, u, s, stages, relus, box, chunk):
+    """(l, u), tightened by back-substitution of the neurons that it leaves unstable, and only those."""
+    op, below = stages[s][-1], [*stages[:s], stages[s][:-1]]
+    member, sample, neuron = where = ((l < 0) & (u > 0)).nonzero(as_tuple=True)
+    if not len(member):
+        return l, u
+    W, c, window, rows = _first_rows(op)
+    P, B, O, G = len(W), box[0].shape[1], W.shape[2], rows.positions[0] * rows.positions[1]
+    # The t-th pick of each member, as one table (P, U); short lists are filled up with neuron 0.
+    counts = member.bincount(minlength=P)
+    slot = torch.arange(len(member), device=l.device) - (counts.cumsum(0) - counts)[member]
+    picks = member.new_zeros(P, int(counts.max())).index_put((member, slot), sample * G * O + neuron)
+    U = max(1, chunk // (2 * P * _widest(window, op.in_shape, sum(below, []))))
+
+    def bound(t):
+        p = torch.arange(P, device=l.device)[:, None]
+        b, j = picks[:, t:t + U] // (G * O), picks[:, t:t + U] % (G * O)
+        entry = (p, j % G if W.shape[1] > 1 else 0, j // G)
+        A, d = torch.stack((W[entry], -W[entry]), 2), torch.stack((c[entry], -c[entry]), 2)
+        low = _lower_bounds(A[:, :, None], d[:, :, None], window, op.in_shape,
+                            Rows(rows.positions, p * B + b, j % G), below, 0, relus, box)
+        return low.view(P, -1, 2)
+
+    low = torch.cat(_in_chunks(bound, [(t,) for t in range(0, picks.shape[1], U)]), 1)[member, slot]
+    return (l.index_put(where, torch.maximum(l[where], low[:, 0])),
+            u.index_put(where, torch.minimum(u[where], -low[:, 1])))
+
+
+# ------------------------------------------------------------------------------------- the bounds
+
+def _prepare(net, x, eps, relax, params):
+    """Check the input; returns the stages, the shapes of the ReLUs, and the input set as a box
+    (P or 1, B, N). Elementwise layers that come first (normalisation) map boxes to boxes
+    exactly, so they are applied to the box and taken off the stages."""
+    if relax not in RELAXATIONS:
+        raise ValueError(f"relax={relax!r} is not one of {', '.join(RELAXATIONS)}")
+    stages, shapes = read_network(net, x.shape[1:], params)
+    dtypes = {x.dtype} | {op.weight.dtype for stage in stages for op in stage}
+    if len(dtypes) > 1 or not x.is_floating_point():
+        raise ValueError(f"x and the parameters must share one float dtype, got {sorted(map(str, dtypes))}")
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError("x has values outside [0, 1] (or NaN): pass pixels; normalisation is a "
+                         "layer of the network")
+    eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
+    if not ((eps >= 0) & eps.isfinite()).all():
+        raise ValueError(f"eps={eps.tolist()} must be a radius in pixels, 0 <= eps < infinity")
+    box = [(x - eps).clamp(min=0), (x + eps).clamp(max=1)]
+    box = [t.flatten(1)[None] for t in box]                                    # (1, B, N)
+    while stages[0] and stages[0][0].is_elementwise:
+        first, *rest = stages[0]
+        box, stages = list(interval([first], *box)), [rest, *stages[1:]]
+    return stages, shapes, box
+
+
+def _intermediate(stages, box, relax, slope, skip_stable, chunk):
+    """Bounds [(l, u), ...] before each ReLU, (P, B, N) each."""
+    bounds, relus, inputs = [], [], box
+    for s, ops in enumerate(stages[:-1]):
+        # Interval bounds of a single first layer are exact: nothing is gained by substitution.
+        substitute = relax == "deeppoly" and ops and (s > 0 or len(ops) > 1)
+        if not substitute or skip_stable:
+            l, u = interval(ops, *inputs)
+        if substitute and skip_stable:
+            l, u = _tightened(l, u, s, stages, relus, box, chunk)
+        elif substitute:
+            l, u = _back_substituted(s, stages, relus, box, chunk)
+        bounds.append((l, u))
+        relus.append(relax_relu(l, u, slope))
+        inputs = l.clamp(min=0), u.clamp(min=0)
+    return bounds
+
+
+def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=adaptive,
+                         skip_stable=False, chunk=CHUNK):
+    """Sound bounds of every pre-activation over the ball of radius eps around x, clipped to [0, 1].
+
+    Returns [(l, u), ...], one pair per ReLU in the order of the network, each shaped like the
+    ReLU's input: (B, ...), or (P, B, ...) with params. Guarantee: l <= z(x') <= u for every x' in
+    the ball. Arguments and errors are those of margin_lower_bounds.
+    """
+    stages, shapes, box = _prepare(net, x, eps, relax, params)
+    bounds = _intermediate(stages, box, relax, slope, skip_stable, chunk)
+    lead = () if params is None else (_population(params),)
+    return [tuple(t.expand(*(lead or (1,)), *t.shape[1:]).reshape(*lead, len(x), *shape) for t in pair)
+            for pair, shape in zip(bounds, shapes)]
+
+
+def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stable=False, *,
+                        slope=adaptive, intermediate=None, chunk=CHUNK):
+    """Sound lower bounds of the margins over the ball of radius eps around x, clipped to [0, 1].
+
+    Returns (B, K), or (P, B, K) with params: entry k is a lower bound of logit[y] - logit[k] for
+    every x' in the ball; entry y is 0. If all others are positive, x is certified at radius eps.
+    Differentiable with respect to the parameters (and x).
+
+    The rows logit[y] - logit[k] are multiplied into the last layer before anything is bounded
+    ("elision", Gowal et al. 2018). Two logits that rise together then cancel: if logit 0 is
+    h + 1 and logit 1 is h, with h in [0, 5], the margin is exactly 1, while bounding the
+    logits apart gives 1 - 5 = -4.
+
+    net: nn.Sequential of Conv2d, Linear, ReLU, Flatten, eval-mode BatchNorm2d, ending in (B, K).
+    x: (B, ...) pixels in [0, 1], float32 or float64 like the parameters.  y: (B,) labels.
+    eps: radius in pixels: a number, or a tensor that broadcasts with x.
+    relax: "box", "crown-ibp" or "deeppoly" (textbook: every bound by full back-substitution).
+    params: {name of net.state_dict(): (P, ...)}, as torch.func.stack_module_state makes it: bounds
+        for P networks at once. Names left out keep the values of net, for all P.
+    skip_stable: with "deeppoly", back-substitute only the neurons that interval arithmetic on the
+        bounds of the layer before leaves unstable, and keep the tighter of both bounds. Faster;
+        every ReLU is enclosed at least as tightly. (That the margins are never looser is true
+        of the lines' enclosure, not a theorem for the adaptive slope, which may flip from 1 to 0.)
+    slope: the lower line of an unstable ReLU, (l, u) -> slope in [0, 1]; see adaptive.
+    intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
+    chunk: the most coefficients held at once. Smaller needs less memory and more time.
+
+    Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
+    """
+    stages, _, box = _prepare(net, x, eps, relax, params)
+    if y.shape != x.shape[:1] or y.is_floating_point():
+        raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)}")
+    K = (stages[-1][-1].out_shape if stages[-1] else (box[0].shape[-1],))[0]
+    if not ((y >= 0) & (y < K)).all():
+        raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
+    if intermediate is None:
+        bounds = _intermediate(stages, box, relax, slope, skip_stable, chunk)
+    else:
+        P = 1 if params is None else _population(params)
+        bounds = [[t.reshape(P, len(x), -1) for t in pair] for pair in intermediate]
+    relus = [relax_relu(l, u, slope) for l, u in bounds]
+    # "box" stops at the last ReLU, whose outputs lie in a box; the others go down to the input.
+    bottom = len(stages) - 1 if relax == "box" else 0
+    inputs = [t.clamp(min=0) for t in bounds[-1]] if bottom else box
+    eye = torch.eye(K, dtype=x.dtype, device=x.device)
+    C = eye[y][:, None] - eye                                                  # (B, K, K) 
+
+    def bound(b):
+        some = [[t[:, b:b + samples] for t in maps] for maps in (*relus, inputs)]
+        A = C[b:b + samples][None, :, None]                                    # (1, B, 1, R=K, K)
+        return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, (K,), Rows((1, 1)), stages, bottom,
+                             some[:-1], some[-1])[:, :, 0]
+
+    widest = _widest(None, (K,), sum(stages[bottom:], []))
+    samples = max(1, chunk // (_population(params) * K * widest))
+    low = torch.cat(_in_chunks(bound, [(b,) for b in range(0, len(x), samples)]), 1)
+    return low[0] if params is None else low
+
+
+def _population(params):
+    return len(next(iter(params.values()))) if params else 1
