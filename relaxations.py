@@ -47,7 +47,9 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 
 RELAXATIONS = ("box", "crown-ibp", "deeppoly")
-CHUNK = 2 ** 27     # coefficients in flight at once: 0.5 GB in float32, all of CNN3 at batch 128
+# How many coefficients one pass holds, and so the memory. On a CPU, 16 MB of float32: a chunk that
+# stays in the cache is faster than one pass over everything, although the backward pass redoes it.
+CHUNK = {"cpu": 2 ** 22, "cuda": 2 ** 27, "mps": 2 ** 27}
 
 
 # ---------------------------------------------------------------------------------- the network
@@ -219,7 +221,7 @@ def one(l, u):
 
 def parallel(l, u):
     """The slope of the upper line, u / (u - l) (Fast-Lin; the zonotope of DeepZ)."""
-    return u / (u - l)
+    return u / (u - l).clamp(min=1e-30)
 
 
 class Relu(NamedTuple):
@@ -231,13 +233,10 @@ class Relu(NamedTuple):
 
 def relax_relu(l, u, slope=adaptive):
     """The two lines for every neuron with pre-activation in [l, u]; slope(l, u) in [0, 1]."""
-    unstable = (l < 0) & (u > 0)
-    # Stable neurons get harmless stand-ins for l and u, so that no 0/0 reaches the gradient.
-    low, high = torch.where(unstable, l, -1.0), torch.where(unstable, u, 1.0)
-    active = (l >= 0).to(l.dtype)
-    upper = torch.where(unstable, high / (high - low), active)
-    lower = torch.where(unstable, slope(low, high), active)
-    return Relu(lower, upper, torch.where(unstable, -upper * low, 0.0))
+    up, down = F.relu(u), F.relu(-l)
+    upper = up / (up + down).clamp(min=1e-30)      # 1 if l >= 0, 0 if u <= 0; no 0/0 if l = u = 0
+    lower = torch.where((l < 0) & (u > 0), slope(l, u), upper)
+    return Relu(lower, upper, upper * down)
 
 
 # ------------------------------------------------------------------------- windows of coefficients
@@ -360,8 +359,13 @@ def _through_affine(A, d, window, op, rows):
         if window is not None:
             A = _whole_map(A, window, op.out_shape, rows)
             lead = A.shape[:-1]                                                # (P, B, 1, G*R)
-            d = d.expand(*lead[:2], lead[3] // d.shape[3], -1).flatten(2).unsqueeze(2)
-        A = _conv_transpose(A.flatten(1, 3), op)
+            d = d.expand(-1, -1, lead[3] // d.shape[3], -1).flatten(2).unsqueeze(2)
+        (H, W), (kh, kw) = op.in_shape[1:], op.weight.shape[3:]
+        if H * W <= 4 * kh * kw:    # a map so small that a dense matrix beats the convolution
+            eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)[None]
+            A = A.flatten(1, 3) @ _conv_transpose(eye, op)
+        else:
+            A = _conv_transpose(A.flatten(1, 3), op)
     return A.view(-1, *lead[1:], A.shape[-1]), d, below
 
 
@@ -392,7 +396,9 @@ def _minimum(A, d, lower, upper):
 
 
 def _dot(A, v):
-    """(P, B, G, R, F) . (P, B, G, 1, F) -> (P, B, G, R), as a product with a column."""
+    """(P, B, G, R, F) . (P, B, G, 1, F) -> (P, B, G, R); one matrix product if all share A."""
+    if A.shape[1:3] == (1, 1):
+        return (v.flatten(1, 3) @ A[:, 0, 0].mT).view(-1, *v.shape[1:3], A.shape[3])
     return (A @ v.mT).squeeze(-1)
 
 
@@ -529,6 +535,7 @@ def _prepare(net, x, eps, relax, params):
 
 def _intermediate(stages, box, relax, slope, skip_stable, chunk):
     """Bounds [(l, u), ...] before each ReLU, (P, B, N) each."""
+    chunk = chunk or CHUNK[box[0].device.type]
     bounds, relus, inputs = [], [], box
     for s, ops in enumerate(stages[:-1]):
         # Interval bounds of a single first layer are exact: nothing is gained by substitution.
@@ -540,13 +547,13 @@ def _intermediate(stages, box, relax, slope, skip_stable, chunk):
         elif substitute:
             l, u = _back_substituted(s, stages, relus, box, chunk)
         bounds.append((l, u))
-        relus.append(relax_relu(l, u, slope))
-        inputs = l.clamp(min=0), u.clamp(min=0)
+        relus += [relax_relu(l, u, slope)] if relax == "deeppoly" else []
+        inputs = F.relu(l), F.relu(u)
     return bounds
 
 
 def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=adaptive,
-                         skip_stable=False, chunk=CHUNK):
+                         skip_stable=False, chunk=None):
     """Sound bounds of every pre-activation over the ball of radius eps around x, clipped to [0, 1].
 
     Returns [(l, u), ...], one pair per ReLU in the order of the network, each shaped like the
@@ -561,7 +568,7 @@ def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=ad
 
 
 def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stable=False, *,
-                        slope=adaptive, intermediate=None, chunk=CHUNK):
+                        slope=adaptive, intermediate=None, chunk=None):
     """Sound lower bounds of the margins over the ball of radius eps around x, clipped to [0, 1].
 
     Returns (B, K), or (P, B, K) with params: entry k is a lower bound of logit[y] - logit[k] for
@@ -585,7 +592,7 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         of the lines' enclosure, not a theorem for the adaptive slope, which may flip from 1 to 0.)
     slope: the lower line of an unstable ReLU, (l, u) -> slope in [0, 1]; see adaptive.
     intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
-    chunk: the most coefficients held at once. Smaller needs less memory and more time.
+    chunk: the most coefficients that one pass holds (None: CHUNK); it bounds the peak memory.
 
     Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
     """
@@ -600,10 +607,10 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     else:
         P = 1 if params is None else _population(params)
         bounds = [[t.reshape(P, len(x), -1) for t in pair] for pair in intermediate]
-    relus = [relax_relu(l, u, slope) for l, u in bounds]
     # "box" stops at the last ReLU, whose outputs lie in a box; the others go down to the input.
     bottom = len(stages) - 1 if relax == "box" else 0
-    inputs = [t.clamp(min=0) for t in bounds[-1]] if bottom else box
+    inputs = [F.relu(t) for t in bounds[-1]] if bottom else box
+    relus = [] if bottom else [relax_relu(l, u, slope) for l, u in bounds]
     eye = torch.eye(K, dtype=x.dtype, device=x.device)
     C = eye[y][:, None] - eye                                                  # (B, K, K) 
 
@@ -614,6 +621,7 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
                              some[:-1], some[-1])[:, :, 0]
 
     widest = _widest(None, (K,), sum(stages[bottom:], []))
+    chunk = chunk or CHUNK[x.device.type]
     samples = max(1, chunk // (_population(params) * K * widest))
     low = torch.cat(_in_chunks(bound, [(b,) for b in range(0, len(x), samples)]), 1)
     return low[0] if params is None else low

@@ -1,0 +1,844 @@
+"""Train a network whose robustness can be certified: data, networks, robust loss, loop.
+
+    python train.py                                                  digits, DeepPoly, RGS: a minute
+    python train.py --relax box --opt grad                           the classic baseline (IBP)
+    python train.py --relax deeppoly --opt pgpe --samples 64         no gradient of the bound needed
+    python train.py --dataset mnist --data-dir DIR                   needs the files, or downloads them
+    python train.py --relax deeppoly --opt rgs --dataset cifar10
+
+A step: bounds of the margins over a ball around each image (relaxations.py), cross-entropy on
+them, and an estimate of its gradient, smoothed or not (gls.py), for Adam. The result lands in a
+run folder: config.json, log.csv (legend: LOG below), checkpoint.pt. certify.py takes it from there.
+
+Shape letters as in relaxations.py.  Expected from the first command on 2 CPU cores: see README.md.
+"""
+import argparse
+import csv
+import gzip
+import hashlib
+import json
+import math
+import os
+import sys
+import tarfile
+import time
+import urllib.request
+import zipfile
+import zlib
+from copy import deepcopy
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call, vmap
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+
+import gls
+from relaxations import RELAXATIONS, margin_lower_bounds, preactivation_bounds
+
+# --------------------------------------------------------------------------------------- defaults
+# Sources: Shi = Shi et al. 2021, "Fast certified robust training with short warmup", and its code;
+# "here" = chosen in this repository, on the training set.
+
+COMMON = dict(
+    relax="deeppoly", opt="rgs",
+    kappa=0.0,            # weight of the natural loss: 0 = only the bound counts
+    l1=0.0,               # Shi's followers use 0 to 2e-5, by data set; off unless asked for
+    regularize=0.5,       # Shi: weight of the two regularisers, falling to 0 over the ramp
+    clip=10.0,            # Shi: gradient norm
+    lr_decay=0.2,         # Shi: at the milestones
+    init="ibp",           # Shi: keeps interval bounds from exploding at the start
+    sigma=0.03,           # here: of 0.003, 0.01, 0.03, the smallest that changed anything
+    samples=None,         # rgs: 2 (an antithetic pair), pgpe: 64 (32 pairs)
+    antithetic=True,      # here: cancels the odd part of the noise, for free
+    sigma_adapt="fixed",  # or scalar, parameter: PGPE's own adaptation of sigma
+    sigma_lr=0.1,         # pgpelib's default for the step of sigma
+    skip_stable=False,    # the textbook bound
+    subset=None, test_subset=None, out=None,
+)
+DEFAULTS = {              # epochs, ramp and milestones count passes over the training set
+    "digits": dict(net="cnn3", eps=0.1, epochs=40, ramp=15, milestones=(30, 35), batch_size=64,
+                   lr=2e-3),                                  # here: a minute on 2 CPU cores
+    "mnist": dict(net="cnn3", eps=0.1, epochs=70, ramp=20, milestones=(50, 60), batch_size=256,
+                  lr=5e-4),                                   # Shi
+    "cifar10": dict(net="cnn3", eps=2 / 255, epochs=160, ramp=80, milestones=(120, 140),
+                    batch_size=128, lr=5e-4),                 # Shi
+    "npz": dict(net="cnn3", eps=0.1, epochs=70, ramp=20, milestones=(50, 60), batch_size=128,
+                lr=5e-4),                                     # as mnist; your data, your choice
+}
+CIFAR_STATISTICS = (.4914, .4822, .4465), (.2023, .1994, .2010)    # mean, std of the pixels; Shi
+
+LOG = {  # the columns of log.csv, one line per epoch; averages are over its batches
+    "epoch": "passes over the training set so far",
+    "eps": "training radius in its last batch, in pixels of [0, 1]",
+    "lr": "learning rate",
+    "sigma": "standard deviation of the weight noise (its mean, if per parameter)",
+    "loss": "average robust loss, regularisers included (at the perturbed weights, if smoothed)",
+    "certified": "fraction of training images certified at that eps by the training relaxation "
+                 "(at the perturbed weights, if smoothed)",
+    "gradient": "average norm of the gradient estimate, before clipping",
+    "seconds": "since the start",
+    "samples_per_s": "training images per second in this epoch",
+}
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names it and the mend."""
+
+
+# ------------------------------------------------------------------------------------------- data
+
+class Dataset(NamedTuple):
+    """Images in [0, 1], (n, C, H, W) float32, and labels 0..K-1, (n,) int64."""
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+    classes: int
+
+
+MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+                 "https://storage.googleapis.com/cvdf-datasets/mnist/",
+                 "http://yann.lecun.com/exdb/mnist/")
+MNIST_FILES = {  # name: MD5 of the .gz, as torchvision checks it
+    "train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c"}
+CIFAR_MIRRORS = ("https://www.cs.toronto.edu/~kriz/",
+                 "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/")
+CIFAR_FILE, CIFAR_MD5 = "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
+
+
+def load_dataset(name, data_dir="data"):
+    """Dataset "digits", "mnist", "cifar10", or the path of an .npz file.
+
+    Local files are checked for their structure; what is downloaded, for its checksum.
+    Raises InputError for anything missing, damaged or out of range.
+    """
+    data_dir = Path(data_dir)
+    if name == "digits":
+        table = np.loadtxt(Path(__file__).parent / "data" / "digits.csv.gz", delimiter=",")
+        x, y = (table[:, :-1] / 16).reshape(-1, 1, 8, 8), table[:, -1].astype(int)
+        arrays = x[:1437], y[:1437], x[1437:], y[1437:]
+    elif name == "mnist":
+        arrays = [_read_idx(_find_mnist(file, data_dir), file) for file in MNIST_FILES]
+    elif name == "cifar10":
+        arrays = _read_cifar(data_dir)
+    elif str(name).endswith(".npz"):
+        arrays = _read_npz(Path(name))
+    else:
+        raise InputError(f"dataset {name!r} is none of digits, mnist, cifar10, or PATH.npz")
+    return _check_dataset(name, *arrays, classes=None if str(name).endswith(".npz") else 10)
+
+
+def _check_dataset(name, x_train, y_train, x_test, y_test, classes):
+    out = []
+    for x, y, part in ((x_train, y_train, "train"), (x_test, y_test, "test")):
+        if x.dtype == np.uint8:
+            x = x.astype(np.float32) / 255
+        if x.dtype.kind != "f" or x.ndim not in (3, 4) or not len(x):
+            raise InputError(f"{name}: x_{part} has to be uint8 or float images, (n, H, W), (n, H, W, C) "
+                             f"or (n, C, H, W); got {x.dtype} {x.shape}")
+        if not ((x >= 0) & (x <= 1)).all():
+            raise InputError(f"{name}: x_{part} has values outside [0, 1] or NaN; divide by the maximum")
+        if x.ndim == 3:
+            x = x[:, None]
+        elif x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):      # NHWC
+            x = x.transpose(0, 3, 1, 2)
+        if y.dtype.kind not in "iu" or y.shape != (len(x),):
+            raise InputError(f"{name}: y_{part} has to hold {len(x)} integer labels, got {y.dtype} {y.shape}")
+        classes = classes or int(y.max()) + 1
+        if y.min() < 0 or y.max() >= classes:
+            raise InputError(f"{name}: y_{part} has labels outside 0..{classes - 1}: "
+                             f"{y.min()} to {y.max()}")
+        out += [torch.from_numpy(np.ascontiguousarray(x, np.float32)), torch.from_numpy(y.astype(np.int64))]
+    if out[0].shape[1:] != out[2].shape[1:]:
+        raise InputError(f"{name}: training images are {tuple(out[0].shape[1:])}, test images "
+                         f"{tuple(out[2].shape[1:])}")
+    return Dataset(*out, classes)
+
+
+def _find_mnist(file, data_dir):
+    places = [data_dir / "MNIST" / "raw", data_dir]
+    for place in places:
+        for path in (place / file, place / (file + ".gz")):
+            if path.is_file():
+                return path
+    _download([m + file + ".gz" for m in MNIST_MIRRORS], places[0] / (file + ".gz"), MNIST_FILES[file],
+              f"the four files {', '.join(MNIST_FILES)} (.gz or not) into {places[0]}")
+    return places[0] / (file + ".gz")
+
+
+def _read_idx(path, file):
+    """The IDX format: 0, 0, 8 (uint8), number of axes, their sizes as big-endian int32, the data."""
+    images = "images" in file
+    head = 16 if images else 8
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+            header = np.frombuffer(f.read(head), ">i4")
+            sizes = header[1:].tolist()
+            if len(header) != head // 4 or header[0] != (0x803 if images else 0x801) \
+                    or not 0 < sizes[0] <= 10 ** 6 or sizes[1:] not in ([], [28, 28]):
+                raise InputError(f"{path}: not an MNIST {'image' if images else 'label'} file "
+                                 f"(header {header.tolist()}); delete it, and it is downloaded again")
+            n = math.prod(sizes)
+            data = np.frombuffer(f.read(n + 1), np.uint8)
+    except (OSError, EOFError, zlib.error) as e:
+        raise InputError(f"{path}: cannot be read ({e}); delete it, and it is downloaded again") from None
+    if len(data) != n:
+        raise InputError(f"{path}: holds {'more' if len(data) > n else len(data)} bytes where its header "
+                         f"says {n}; delete it, and it is downloaded again")
+    return data.reshape(sizes)
+
+
+def _read_cifar(data_dir):
+    """The binary version: records of 1 label byte and 3072 pixels, channels first."""
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    folder, archive = data_dir / "cifar-10-batches-bin", data_dir / CIFAR_FILE
+    raw = {}
+    if folder.is_dir():
+        for n in names:
+            if not (folder / n).is_file():
+                raise InputError(f"{folder / n} is missing; unpack {CIFAR_FILE} again")
+            raw[n] = (folder / n).read_bytes()
+    else:
+        if not archive.is_file():
+            _download([m + CIFAR_FILE for m in CIFAR_MIRRORS], archive, CIFAR_MD5,
+                      f"{CIFAR_FILE}, or its folder cifar-10-batches-bin, into {data_dir}")
+        try:
+            with tarfile.open(archive, "r:gz") as tar:
+                for member in tar:
+                    n = os.path.basename(member.name)
+                    if n in names and member.isfile() and member.size <= 10 ** 8:
+                        raw[n] = tar.extractfile(member).read()      # read, never unpacked to disk
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as e:
+            raise InputError(f"{archive}: cannot be read ({e}); delete it, and it is downloaded again") from None
+    bad = [n for n in names if not raw.get(n) or len(raw[n]) % 3073]
+    if bad:
+        raise InputError(f"{folder if folder.is_dir() else archive}: {', '.join(bad)} missing or not made of "
+                         "records of 3073 bytes; delete it, and it is downloaded again")
+    parts = []
+    for group in (names[:5], names[5:]):
+        records = np.frombuffer(b"".join(raw[n] for n in group), np.uint8).reshape(-1, 3073)
+        parts += [records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64)]
+    return parts
+
+
+def _read_npz(path):
+    keys = ["x_train", "y_train", "x_test", "y_test"]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [k for k in keys if k not in file]
+            if missing:
+                raise InputError(f"{path}: lacks the arrays {', '.join(missing)}; it needs {', '.join(keys)}")
+            return [file[k] for k in keys]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError) as e:
+        raise InputError(f"{path}: not a readable .npz file ({e})") from None
+    except ValueError as e:
+        raise e if isinstance(e, InputError) else InputError(f"{path}: not a readable .npz file ({e})") from None
+
+
+def _download(urls, target, md5, by_hand):
+    """Fetch the first of urls that answers and has the right MD5, under a temporary name first."""
+    problems = []
+    for url in urls:
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            digest, done = hashlib.md5(usedforsecurity=False), 0
+            with urllib.request.urlopen(url, timeout=30) as source, open(temporary, "wb") as out:
+                total = int(source.headers.get("Content-Length") or 0)
+                while block := source.read(1 << 18):
+                    out.write(block)
+                    digest.update(block)
+                    done += len(block)
+                    if sys.stderr.isatty():
+                        bar = "#" * (30 * done // max(total, done))
+                        print(f"\r{target.name} [{bar:30}] {done / 1e6:6.1f} MB", end="", file=sys.stderr)
+            if sys.stderr.isatty():
+                print(file=sys.stderr)
+            if digest.hexdigest() == md5:
+                os.replace(temporary, target)
+                return
+            problems.append(f"{url}: wrong checksum")
+        except (OSError, ValueError) as e:                   # URLError and timeouts are OSErrors
+            problems.append(f"{url}: {e}")
+        finally:
+            temporary.unlink(missing_ok=True)
+    raise InputError(f"{target.name} could not be downloaded ({'; '.join(problems)}). "
+                     f"Put {by_hand}, or name their folder with --data-dir")
+
+
+def augment(x, generator, pad=2):
+    """CIFAR-10 training: random horizontal flip and random crop after zero padding by 2. (B, C, H, W)."""
+    B, C, H, W = x.shape
+    flip = torch.rand(B, generator=generator) < 0.5
+    x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(3), x)
+    shift = torch.randint(0, 2 * pad + 1, (2, B, 1), generator=generator)
+    rows = (shift[0] + torch.arange(H)).to(x.device)[:, None, :, None]
+    cols = (shift[1] + torch.arange(W)).to(x.device)[:, None, None, :]
+    b, c = torch.arange(B)[:, None, None, None], torch.arange(C)[None, :, None, None]
+    return F.pad(x, (pad,) * 4)[b.to(x.device), c.to(x.device), rows, cols]
+
+
+# --------------------------------------------------------------------------------------- networks
+# Convolutions as (channels, kernel, stride, padding), then hidden linear layers, as in CTBench
+# (eth-sri/CTBench, networks.py). cnn7 has BatchNorm after each convolution; CTBench puts one after
+# the hidden linear layer too, which is left out here: nn.Linear cannot be followed by BatchNorm2d.
+
+NETWORKS = {
+    "mlp": ([], [100, 100]),
+    "cnn3": ([(16, 5, 2, 2), (32, 4, 2, 1)], []),
+    "cnn5": ([(16, 3, 1, 1), (16, 4, 2, 1), (32, 4, 2, 1)], [512]),
+    "cnn7": ([(64, 3, 1, 1), (64, 3, 1, 1), (128, 3, 2, 1), (128, 3, 1, 1), (128, 3, 1, 1)], [512]),
+}
+
+
+def build_network(name, input_shape, num_classes, init="ibp", statistics=None):
+    """An nn.Sequential in eval mode: pixels in [0, 1], (B, *input_shape) -> logits (B, num_classes).
+
+    statistics: (mean, std) per channel of the pixels, for a first layer that normalises.
+    init: "ibp", W ~ N(0, 2 pi / fan_in^2) for every affine layer but the last (Shi et al. 2021), or
+    "default", PyTorch's own; biases are PyTorch's. Uses torch's global generator.
+    """
+    if name not in NETWORKS:
+        raise InputError(f"net {name!r} is none of {', '.join(NETWORKS)}")
+    if init not in ("ibp", "default"):
+        raise InputError(f"init {init!r} is neither ibp nor default")
+    convs, hidden = NETWORKS[name]
+    shape, layers = tuple(input_shape), []
+    if statistics is not None:
+        normalize = nn.BatchNorm2d(shape[0], eps=0.0, affine=False)
+        normalize.running_mean.copy_(torch.tensor(statistics[0]))
+        normalize.running_var.copy_(torch.tensor(statistics[1]).square())
+        layers.append(normalize)
+    for out, k, s, p in convs:
+        shape = (shape[0], *((n + 2 * p - k) // s + 1 for n in shape[1:]))
+        if min(shape[1:]) < 1:
+            raise InputError(f"net {name} needs larger images than {tuple(input_shape)}; try mlp")
+        layers += [nn.Conv2d(shape[0], out, k, s, p)]
+        layers += [nn.BatchNorm2d(out)] if name == "cnn7" else []
+        layers += [nn.ReLU()]
+        shape = (out, *shape[1:])
+    layers.append(nn.Flatten())
+    width = math.prod(shape)
+    for out in hidden:
+        layers += [nn.Linear(width, out), nn.ReLU()]
+        width = out
+    layers.append(nn.Linear(width, num_classes))
+    if init == "ibp":
+        for layer in [m for m in layers if isinstance(m, (nn.Conv2d, nn.Linear))][:-1]:
+            nn.init.normal_(layer.weight, std=math.sqrt(2 * math.pi) / layer.weight[0].numel())
+    return nn.Sequential(*layers).eval()
+
+
+def unflatten(thetas, net):
+    """Parameter vectors (P, D) -> {name: (P, ...)}, in the order of net.parameters(). Views."""
+    params, start = {}, 0
+    for name, p in net.named_parameters():
+        params[name] = thetas[:, start:start + p.numel()].view(-1, *p.shape)
+        start += p.numel()
+    return params
+
+
+def update_batchnorm(net, theta, x):
+    """Let BatchNorm see x at the weights theta: its running statistics move, as in any training.
+
+    Bounds always use the running statistics, as constants: no gradient flows through them, and all
+    members of a population share them. (Shi et al. bound with the statistics of the batch.)
+    """
+    norms = [m for m in net if isinstance(m, nn.BatchNorm2d) and m.affine]
+    if norms:
+        vector_to_parameters(theta, net.parameters())
+        for m in norms:
+            m.train()
+        with torch.no_grad():
+            net(x)
+        net.eval()
+
+
+# --------------------------------------------------------------------------------- the robust loss
+
+def eps_at(progress, eps):
+    """Training radius after a fraction of the ramp: quartic up to a quarter of it, then linear, with
+    the same value and slope where they meet (the smooth schedule of Shi et al. 2021)."""
+    t, middle = min(max(progress, 0.0), 1.0), 0.25
+    a = 1 / (middle ** 4 + 4 * middle ** 3 * (1 - middle))
+    return eps * (a * t ** 4 if t < middle else a * middle ** 4 + 4 * a * middle ** 3 * (t - middle))
+
+
+def regularizers(bounds, radius):
+    """The two regularisers of Shi et al. 2021, sec. "Fast certified robust training", summed: (P,).
+
+    bounds: [(l, u), ...] before each ReLU, (P, B, ...). radius: mean radius of the input box.
+    tightness  mean over layers of relu(1/2 - radius / mean radius there) / (1/2): bounds that grow
+    balance    mean over layers of [relu(1/2 - rho(m)) + relu(1/2 - rho(v))] / (1/2), where m is the
+               ratio of the centres of active to those of inactive neurons, v that of their
+               variances, and rho(t) = min(t, 1/t); a layer where one of them is undefined is skipped
+    """
+    tightness, balance = [], []
+    for l, u in bounds:
+        l, u = l.flatten(2), u.flatten(2)
+        c, r = (l + u) / 2, (u - l) / 2
+        tightness.append(F.relu(0.5 - radius / r.mean((1, 2)).clamp(min=1e-12)) / 0.5)
+        active, inactive = (l > 0).to(c.dtype), (u < 0).to(c.dtype)
+        spread = (c - c.mean((1, 2), keepdim=True)).square()
+        m = (c * active).sum((1, 2)), -(c * inactive).sum((1, 2))
+        v = (spread * active).sum((1, 2)), (spread * inactive).sum((1, 2))
+        defined = (torch.stack([*m, *v]) > 1e-12).all(0)
+        loss = 0.0
+        for top, bottom in (m, v):
+            ratio = torch.where(defined, top, 1.0) / torch.where(defined, bottom, 1.0)
+            loss = loss + F.relu(0.5 - torch.minimum(ratio, 1 / ratio)) / 0.5
+        balance.append(torch.where(defined, loss, 0.0))
+    return torch.stack(tightness).mean(0) + torch.stack(balance).mean(0)
+
+
+def robust_loss(net, x, y, eps, relax="deeppoly", kappa=0.0, l1=0.0, regularize=0.0,
+                skip_stable=False, certified=None):
+    """The loss of a minibatch as a function (P, D) -> (P,) of parameter vectors, for gls.py.
+
+        (1 - kappa) E[CE(-m, y)] + kappa E[CE(logits, y)] + l1 |weights|_1 + regularize * (...)
+
+    m are lower bounds of the margins logit[y] - logit[k]: -m are logits of the worst case, relative
+    to that of y, and their cross-entropy log sum_k exp(-m_k) is an upper bound of the largest
+    cross-entropy in the ball. (m_y = 0.)  certified: a list to which the certified fraction of
+    each call, averaged over P, is appended.
+    """
+    def loss(thetas):
+        params = unflatten(thetas, net)
+        bounds = preactivation_bounds(net, x, eps, relax, params, skip_stable=skip_stable)
+        margins = margin_lower_bounds(net, x, y, eps, relax, params, intermediate=bounds)
+        total = (1 - kappa) * torch.logsumexp(-margins, -1).mean(-1)
+        if certified is not None:
+            certified.append(((margins > 0).sum(-1) == margins.shape[-1] - 1).float().mean().detach())
+        if kappa:
+            logits = vmap(lambda p: functional_call(net, p, (x,)))(params)      # (P, B, K)
+            total = total + kappa * vmap(F.cross_entropy, (0, None))(logits, y)
+        if l1:
+            total = total + l1 * sum(w.abs().flatten(1).sum(1) for w in params.values() if w.dim() > 2)
+        if regularize and bounds:
+            first = net[0] if isinstance(net[0], nn.BatchNorm2d) else nn.Identity()  # normalisation
+            radius = (first((x + eps).clamp(max=1)) - first((x - eps).clamp(min=0))).abs().mean() / 2
+            total = total + regularize * regularizers(bounds, radius)
+        return total
+    return loss
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+CLOSE = 1e-4     # margins nearer to zero than this are decided in float64
+
+
+def in_float64(net, *tensors):
+    """Copies in float64 (on the CPU if the device has none, as MPS), to decide close calls."""
+    device = "cpu" if tensors[0].device.type == "mps" else tensors[0].device
+    return deepcopy(net).to(device, torch.float64), *(
+        t.to(device, torch.float64 if t.is_floating_point() else t.dtype) for t in tensors)
+
+
+def smallest(margins, y):
+    """The smallest entry k != y of margins (..., B, K): (..., B)."""
+    return margins.masked_fill(F.one_hot(y, margins.shape[-1]).bool(), torch.inf).amin(-1)
+
+
+@torch.no_grad()
+def forward_margin(net, x, y):
+    """min over k != y of logit[y] - logit[k], in float64: (B,). Correct means positive."""
+    net, x, y = in_float64(net, x, y)
+    logits = torch.cat([net(part) for part in x.split(500)])
+    return smallest(logits.gather(1, y[:, None]) - logits, y)
+
+
+@torch.no_grad()
+def certified_margin(net, x, y, eps, relax, batch=100, **options):
+    """A sound lower bound of forward_margin over the ball, (B,); close to zero, from float64."""
+    bound = torch.cat([smallest(margin_lower_bounds(net, a, b, eps, relax, **options), b)
+                       for a, b in zip(x.split(batch), y.split(batch))] or [x.new_zeros(0)])
+    close = bound.abs() < CLOSE
+    if close.any() and x.dtype != torch.float64:
+        again = certified_margin(*in_float64(net, x[close], y[close]), eps, relax, batch, **options)
+        bound[close] = again.to(bound)
+    return bound
+
+
+def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
+    """Projected gradient descent (PGD, Madry et al. 2018) on the margin, with restarts.
+
+    Returns (points (B, ...), their forward_margin (B,)): the worst points found, exactly inside the
+    ball (its float32 box is rounded inwards). Restart 0 lowers the smallest margin; restart r > 0
+    lowers the margin to the r-th runner-up class, from a random start.
+    """
+    wide, generator = x.detach().cpu().double(), torch.Generator().manual_seed(seed)
+    lower, upper = (wide - eps).clamp(min=0), (wide + eps).clamp(max=1)
+    low, high = lower.to(x.dtype), upper.to(x.dtype)
+    low = torch.where(low < lower, torch.nextafter(low, torch.ones_like(low)), low).to(x.device)
+    high = torch.where(high > upper, torch.nextafter(high, torch.zeros_like(high)), high).to(x.device)
+    with torch.no_grad():
+        ranking = torch.cat([net(part) for part in x.split(500)]).scatter(1, y[:, None], -torch.inf)
+        ranking = ranking.argsort(1, descending=True)                          # (B, K), y last
+    best, best_margin = x.clone(), torch.full_like(x.flatten(1)[:, 0], torch.inf)
+    for r in range(restarts):
+        z = (low + (high - low) * torch.rand(x.shape, generator=generator).to(x)) if r else x
+        target = ranking[:, (r - 1) % (ranking.shape[1] - 1)]
+        for k in range(steps + 1):
+            z = z.detach().clamp(low, high).requires_grad_()
+            logits = net(z)
+            margins = logits.gather(1, y[:, None]) - logits
+            worst = smallest(margins, y)
+            better = worst.detach() < best_margin
+            best_margin = torch.where(better, worst.detach(), best_margin)
+            best[better] = z.detach()[better]
+            if k < steps:
+                goal = worst if r == 0 else margins.gather(1, target[:, None])
+                step = eps * (0.25 if k < steps / 2 else 0.1 if k < 3 * steps / 4 else 0.02)
+                z = z - step * torch.autograd.grad(goal.sum(), z)[0].sign()
+    return best, forward_margin(net, best, y)
+
+
+def evaluate(net, x, y, eps, batch=500, progress=lambda line: None):
+    """Which samples are correct, survive the attack, and are certified: {name: (n,) bool}.
+
+    "best" is certified by any of the three relaxations. Raises AssertionError if a certified
+    sample was attacked: then a bound is wrong, and no number can be trusted.
+    """
+    result = {"natural": forward_margin(net, x, y).cpu() > 0}
+    progress("attacking")
+    attacked = [attack(net, a, b, eps)[1].cpu() for a, b in zip(x.split(batch), y.split(batch))]
+    result["attack"] = result["natural"] & (torch.cat(attacked) > 0)
+    for relax in RELAXATIONS:
+        progress(f"bounding by {relax}")
+        result[relax] = certified_margin(net, x, y, eps, relax, **CERTIFY[relax]).cpu() > 0
+    result["best"] = torch.stack([result[r] for r in RELAXATIONS]).any(0)
+    wrong = (result["best"] & ~result["attack"]).nonzero().flatten().tolist()
+    if wrong:
+        raise AssertionError(f"samples {wrong[:10]} are both certified and attacked at eps={eps}: a "
+                             "bound is unsound; please report this with the run folder")
+    return result
+
+
+# How certification uses DeepPoly: only the neurons that intervals leave unstable are substituted.
+# It is faster on trained networks and, on box-trained ones, much tighter: see the README.
+CERTIFY = {"box": {}, "crown-ibp": {}, "deeppoly": dict(skip_stable=True)}
+TITLES = {"natural": "natural accuracy", "attack": "under attack (PGD)", "box": "certified by box (IBP)",
+          "crown-ibp": "certified by CROWN-IBP", "deeppoly": "certified by DeepPoly",
+          "best": "certified by the best of them"}
+
+
+def table(result):
+    """The evaluation as lines of text."""
+    n = len(result["natural"])
+    return [f"  {TITLES[k]:32}{100 * v.float().mean():6.2f} %   {int(v.sum())}/{n}" for k, v in result.items()]
+
+
+# ---------------------------------------------------------------------------------------- run folder
+
+CHECKPOINT = 1   # version of the checkpoint's layout
+
+
+def save_checkpoint(folder, net, config):
+    """checkpoint.pt: {"format", "config", "state"}, plain tensors and numbers; written, then renamed."""
+    temporary = folder / "checkpoint.pt.part"
+    torch.save({"format": CHECKPOINT, "config": config, "state": net.state_dict()}, temporary)
+    os.replace(temporary, folder / "checkpoint.pt")
+
+
+def load_run(folder):
+    """(net, config) of a run folder. Nothing in the file is executed. Raises InputError."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; train one with train.py --out {folder}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:       # torch.load raises many kinds for a damaged or foreign file
+        raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}: "
+                         f"{str(e).splitlines()[0][:80] if str(e) else ''}); train again") from None
+    if not isinstance(saved, dict) or saved.get("format") != CHECKPOINT:
+        raise InputError(f"{path}: not a checkpoint of this version of train.py; train again")
+    try:
+        c = saved["config"]
+        net = build_network(c["net"], c["input_shape"], c["classes"], c["init"], c["statistics"])
+        net.load_state_dict(saved["state"])
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise InputError(f"{path}: its weights and its config do not fit ({str(e).splitlines()[0]})") from None
+    return net, c
+
+
+def new_folder(out, name):
+    """Create the run folder; an existing one is never reused."""
+    if out is None:
+        out = Path("runs") / name
+        for i in range(2, 10 ** 6):
+            if not out.exists():
+                break
+            out = Path("runs") / f"{name}-{i}"
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} exists already; name another folder, or delete it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {out} cannot be created ({e})") from None
+    return out
+
+
+class Progress:
+    """One line that rewrites itself on a terminal; elsewhere a plain line at most every few seconds."""
+
+    def __init__(self, every=10.0):
+        self.terminal, self.start, self.last = sys.stdout.isatty(), time.time(), 0.0
+        self.every = 0.2 if self.terminal else every
+
+    def __call__(self, line, force=False):
+        if force or time.time() - self.last >= self.every:
+            print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+            self.last = time.time()
+
+    def done(self, line):
+        print(f"\r{line}\033[K" if self.terminal else line, flush=True)
+
+
+def duration(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+# ----------------------------------------------------------------------------------------- training
+
+def estimate(loss, theta, sigma, config, generator):
+    """The gradient estimate that config["opt"] asks for: (loss, gradient, sigma gradient or None)."""
+    opt, samples, chunk = config["opt"], config["samples"], config["members"]
+    if opt == "grad":
+        return gls.gradient(loss, theta)
+    if opt == "pgpe":
+        return gls.pgpe(loss, theta, sigma, samples // 2, generator, chunk,
+                        adapt=config["sigma_adapt"] != "fixed")
+    return gls.rgs(loss, theta, sigma, samples, generator, config["antithetic"], chunk)
+
+
+def train(net, x, y, config, device, folder, show=print):
+    """Train net on images x and labels y, by the settings in config (see DEFAULTS, COMMON).
+
+    Writes log.csv and checkpoint.pt into folder and returns the rows of the log. Every random
+    number comes from two generators seeded with config["seed"]: one draws batches, one noise.
+    """
+    batches = torch.Generator().manual_seed(config["seed"])
+    noise = torch.Generator(device).manual_seed(config["seed"] + 1)
+    theta = parameters_to_vector(net.parameters()).detach().clone()
+    optimizer = torch.optim.Adam([theta], lr=config["lr"])
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, config["milestones"], config["lr_decay"])
+    sigma = torch.tensor(config["sigma"], device=device)
+    if config["sigma_adapt"] == "parameter":
+        sigma = torch.full_like(theta, config["sigma"])
+    steps = -(-len(x) // config["batch_size"])
+    start, rows = time.time(), []
+    with open(folder / "log.csv", "w", newline="") as file:
+        log = csv.DictWriter(file, LOG)
+        log.writeheader()
+        for epoch in range(config["epochs"]):
+            begun, totals = time.time(), torch.zeros(3, device=device)
+            lr = optimizer.param_groups[0]["lr"]
+            order = torch.randperm(len(x), generator=batches)
+            for step, index in enumerate(order.split(config["batch_size"])):
+                xb, yb = x[index].to(device), y[index].to(device)
+                if config["augment"]:
+                    xb = augment(xb, batches)
+                done = epoch * steps + step + 1
+                progress = done / (config["ramp"] * steps) if config["ramp"] else 1.0
+                eps = eps_at(progress, config["eps_train"])
+                certified = []
+                update_batchnorm(net, theta, xb)
+                loss = robust_loss(net, xb, yb, eps, config["relax"], config["kappa"], config["l1"],
+                                   config["regularize"] * max(0.0, 1 - eps / config["eps_train"])
+                                   if config["eps_train"] else 0.0, config["skip_stable"], certified)
+                value, theta.grad, sigma_grad = estimate(loss, theta, sigma, config, noise)
+                norm = clip_grad_norm_([theta], config["clip"])
+                if not (value.isfinite() and norm.isfinite()):
+                    raise FloatingPointError(
+                        f"epoch {epoch + 1}, batch {step + 1}: the loss is {value:.4g}, the gradient's norm "
+                        f"{norm:.4g} at eps {eps:.4g}; try a smaller --lr or a longer --ramp. "
+                        f"{folder / 'checkpoint.pt'} holds the last epoch")
+                optimizer.step()
+                if sigma_grad is not None:
+                    # Natural step (pgpelib): sigma^2 times the gradient, at most 20 % a step.
+                    change = config["sigma_lr"] * sigma ** 2 * sigma_grad
+                    sigma = torch.clamp(sigma - change, 0.8 * sigma, 1.2 * sigma)
+                totals += torch.stack([value, torch.stack(certified).mean(), norm]) * len(index)
+                left = (time.time() - start) / done * (config["epochs"] * steps - done)
+                rate = (step + 1) * config["batch_size"] / (time.time() - begun)
+                show(f"epoch {epoch + 1}/{config['epochs']}  batch {step + 1}/{steps}  eps {eps:.4f}  loss "
+                     f"{value:.4f}  certified {100 * certified[-1]:.1f} %  {rate:.0f} samples/s  "
+                     f"{duration(left)} left")
+            schedule.step()
+            loss, certified, norm = (totals / len(x)).tolist()
+            rows.append(dict(epoch=epoch + 1, eps=eps, lr=lr, sigma=sigma.mean().item(), loss=loss,
+                             certified=certified, gradient=norm, seconds=time.time() - start,
+                             samples_per_s=len(x) / (time.time() - begun)))
+            log.writerow({k: f"{v:.6g}" for k, v in rows[-1].items()})
+            file.flush()
+            vector_to_parameters(theta, net.parameters())
+            save_checkpoint(folder, net, config)
+    return rows
+
+
+# ------------------------------------------------------------------------------------- command line
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(low, high, open_low=False):
+    """An argument type: a number or fraction ("8/255") within limits."""
+    def parse(text):
+        try:
+            value = float(Fraction(text)) if "/" in text else float(text)
+        except (ValueError, ZeroDivisionError):
+            value = math.nan
+        if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} has to be a number {'>' if open_low else '>='} {low:g}"
+                + (f" and <= {high:g}" if high < math.inf else "") + ", such as 0.1 or 2/255")
+        return value
+    return parse
+
+
+def count(low, high=10 ** 9):
+    def parse(text):
+        if not text.lstrip("-").isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} has to be a whole number >= {low}")
+        return int(text)
+    return parse
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else \
+            "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this PyTorch finds no CUDA GPU; use --device cpu, or auto")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: this PyTorch finds no Apple GPU; use --device cpu, or auto")
+    return torch.device(name)
+
+
+def parse_config(argv):
+    p = Parser(prog="train.py", description="Train a certifiably robust network, with or without "
+               "Gaussian loss smoothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    eps = number(0, 1)
+    p.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, or PATH.npz")
+    p.add_argument("--relax", choices=RELAXATIONS, default=COMMON["relax"])
+    p.add_argument("--opt", choices=("grad", "rgs", "pgpe"), default=COMMON["opt"])
+    p.add_argument("--net", choices=NETWORKS, help="default: by data set")
+    p.add_argument("--eps", type=eps, help="radius to certify, in pixels of [0, 1]; default: by data set")
+    p.add_argument("--eps-train", type=eps, help="radius to train at; default: that of --eps")
+    p.add_argument("--epochs", type=count(0), help="default: by data set")
+    p.add_argument("--ramp", type=count(0), help="epochs over which eps grows; default: by data set")
+    p.add_argument("--milestones", type=count(0), nargs="*", help="epochs after which lr decays; by data set")
+    p.add_argument("--batch-size", type=count(1), help="default: by data set")
+    p.add_argument("--lr", type=number(0, math.inf, True), help="of Adam; default: by data set")
+    p.add_argument("--lr-decay", type=number(0, 1, True), default=COMMON["lr_decay"])
+    p.add_argument("--sigma", type=number(0, math.inf, True), default=COMMON["sigma"],
+                   help="standard deviation of the weight noise (rgs, pgpe)")
+    p.add_argument("--samples", type=count(1), help="loss evaluations per step; default: rgs 2, pgpe 64")
+    p.add_argument("--antithetic", action=argparse.BooleanOptionalAction, default=COMMON["antithetic"],
+                   help="rgs: perturb by eps and by -eps (pgpe always does)")
+    p.add_argument("--sigma-adapt", choices=("fixed", "scalar", "parameter"), default=COMMON["sigma_adapt"],
+                   help="pgpe: follow the gradient of sigma too, one for all or one per parameter")
+    p.add_argument("--sigma-lr", type=number(0, math.inf), default=COMMON["sigma_lr"])
+    p.add_argument("--members", type=count(1), default=16, help="parameter vectors evaluated at once")
+    p.add_argument("--kappa", type=number(0, 1), default=COMMON["kappa"], help="weight of the natural loss")
+    p.add_argument("--l1", type=number(0, math.inf), default=COMMON["l1"])
+    p.add_argument("--regularize", type=number(0, math.inf), default=COMMON["regularize"],
+                   help="weight of the regularisers of Shi et al., during the ramp")
+    p.add_argument("--clip", type=number(0, math.inf, True), default=COMMON["clip"], help="gradient norm")
+    p.add_argument("--init", choices=("ibp", "default"), default=COMMON["init"])
+    p.add_argument("--skip-stable", action=argparse.BooleanOptionalAction, default=COMMON["skip_stable"],
+                   help="deeppoly: back-substitute unstable neurons only")
+    p.add_argument("--seed", type=count(0), default=0)
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    p.add_argument("--data-dir", default="data", help="where the data set is, or is downloaded to")
+    p.add_argument("--subset", type=count(1), help="use only the first N training images")
+    p.add_argument("--test-subset", type=count(1), help="evaluate on the first N test images only")
+    p.add_argument("--out", help="the run folder; default: runs/DATASET-NET-RELAX-OPT")
+    args = p.parse_args(argv)
+    kind = "npz" if args.dataset.endswith(".npz") else args.dataset
+    if kind not in DEFAULTS:
+        p.error(f"argument --dataset: {args.dataset!r} is none of digits, mnist, cifar10, or PATH.npz")
+    config = {**COMMON, **DEFAULTS[kind], **{k: v for k, v in vars(args).items() if v is not None}}
+    if args.epochs is not None and args.ramp is None:      # a shorter run keeps the recipe's shape
+        scale = args.epochs / DEFAULTS[kind]["epochs"]
+        config["ramp"] = round(DEFAULTS[kind]["ramp"] * scale)
+        if args.milestones is None:
+            config["milestones"] = [max(1, round(m * scale)) for m in DEFAULTS[kind]["milestones"]]
+    config["eps_train"] = config["eps"] if args.eps_train is None else args.eps_train
+    if config["opt"] == "grad":
+        config["samples"] = 1
+    config["samples"] = config["samples"] or {"rgs": 2, "pgpe": 64}[config["opt"]]
+    paired = config["opt"] == "pgpe" or config["opt"] == "rgs" and config["antithetic"]
+    if paired and config["samples"] % 2:
+        p.error(f"argument --samples: {config['samples']} is odd, but {config['opt']} uses antithetic pairs; "
+                f"use {config['samples'] + 1}" + (", or --no-antithetic" * (config["opt"] == "rgs")))
+    if config["sigma_adapt"] != "fixed" and config["opt"] != "pgpe":
+        p.error(f"argument --sigma-adapt: only --opt pgpe estimates a gradient of sigma, not "
+                f"--opt {config['opt']}; use fixed")
+    return config
+
+
+def main(argv=None):
+    config = parse_config(argv)
+    device = pick_device(config["device"])
+    data = load_dataset(config["dataset"], config["data_dir"])
+    x, y = (t[:config["subset"]] for t in (data.x_train, data.y_train))
+    x_test, y_test = (t[:config["test_subset"]].to(device) for t in (data.x_test, data.y_test))
+    cifar = config["dataset"] == "cifar10"
+    config |= dict(input_shape=list(x.shape[1:]), classes=data.classes, augment=cifar,
+                   statistics=CIFAR_STATISTICS if cifar else None, milestones=list(config["milestones"]),
+                   device=str(device), threads=torch.get_num_threads(), torch=torch.__version__)
+    torch.manual_seed(config["seed"])
+    net = build_network(config["net"], x.shape[1:], data.classes, config["init"], config["statistics"])
+    name = Path(config["dataset"]).stem
+    folder = new_folder(config["out"], f"{name}-{config['net']}-{config['relax']}-{config['opt']}")
+    config["out"] = str(folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    net.to(device)
+    print(f"{name}: {len(x)} training and {len(x_test)} test images {tuple(x.shape[1:])}, {data.classes} classes\n"
+          f"{config['net']}: {sum(p.numel() for p in net.parameters())} parameters; {config['relax']} bounds, "
+          f"{config['opt']}; eps {config['eps_train']:.4g} in training, {config['eps']:.4g} in the test; {device}")
+    show = Progress()
+    save_checkpoint(folder, net, config)
+    rows = train(net, x, y, config, device, folder, show)
+    if rows:
+        last = rows[-1]
+        show.done(f"trained {len(rows)} epochs in {duration(last['seconds'])}: loss {last['loss']:.4f}, "
+                  f"{100 * last['certified']:.1f} % certified in training")
+        if config["ramp"] < config["epochs"] and last["loss"] > 0.98 * math.log(data.classes):
+            print(f"warning: the loss is that of guessing, ln {data.classes} = {math.log(data.classes):.3f}; try a "
+                  "longer --ramp, a smaller --eps-train or --lr, or --relax box", file=sys.stderr)
+    result = evaluate(net, x_test, y_test, config["eps"], progress=show)
+    show.done(f"{len(x_test)} test images, eps {config['eps']:.4g}:")
+    print("\n".join(table(result)))
+    print(f"to certify it sample by sample:  python certify.py {folder}")
+
+
+def run(main):
+    """Run a command line: whatever the user can mend is one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as e:
+        print(f"stopped: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
