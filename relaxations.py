@@ -482,9 +482,14 @@ def _back_substituted(s, stages, relus, box, chunk):
 def _tightened(l, u, s, stages, relus, box, chunk):
     """(l, u), tightened by back-substitution of the neurons that it leaves unstable, and only those."""
     op, below = stages[s][-1], [*stages[:s], stages[s][:-1]]
-    member, sample, neuron = where = ((l < 0) & (u > 0)).nonzero(as_tuple=True)
+    unstable = (l < 0) & (u > 0)
+    member, sample, neuron = where = unstable.nonzero(as_tuple=True)
     if not len(member):
         return l, u
+    if len(member) > l.numel() / 2:    # picking most rows one by one costs more than taking all
+        low, high = _back_substituted(s, stages, relus, box, chunk)
+        return (torch.where(unstable, torch.maximum(l, low), l),
+                torch.where(unstable, torch.minimum(u, high), u))
     W, c, window, rows = _first_rows(op)
     P, B, O, G = len(W), box[0].shape[1], W.shape[2], rows.positions[0] * rows.positions[1]
     # The t-th pick of each member, as one table (P, U); short lists are filled up with neuron 0.

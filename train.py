@@ -57,11 +57,11 @@ COMMON = dict(
     antithetic=True,      # here: cancels the odd part of the noise, for free
     sigma_adapt="fixed",  # or scalar, parameter: PGPE's own adaptation of sigma
     sigma_lr=0.1,         # pgpelib's default for the step of sigma
-    skip_stable=False,    # the textbook bound
+    skip_stable=True,     # here: up to 5x faster than the textbook bound once training is under way
     subset=None, test_subset=None, out=None,
 )
 DEFAULTS = {              # epochs, ramp and milestones count passes over the training set
-    "digits": dict(net="cnn3", eps=0.1, epochs=40, ramp=15, milestones=(30, 35), batch_size=64,
+    "digits": dict(net="cnn3", eps=0.1, epochs=20, ramp=8, milestones=(15, 18), batch_size=64,
                    lr=2e-3),                                  # here: a minute on 2 CPU cores
     "mnist": dict(net="cnn3", eps=0.1, epochs=70, ramp=20, milestones=(50, 60), batch_size=256,
                   lr=5e-4),                                   # Shi
@@ -801,7 +801,7 @@ def main(argv=None):
     cifar = config["dataset"] == "cifar10"
     config |= dict(input_shape=list(x.shape[1:]), classes=data.classes, augment=cifar,
                    statistics=CIFAR_STATISTICS if cifar else None, milestones=list(config["milestones"]),
-                   device=str(device), threads=torch.get_num_threads(), torch=torch.__version__)
+                   device=str(device), threads=torch.get_num_threads(), torch=str(torch.__version__))
     torch.manual_seed(config["seed"])
     net = build_network(config["net"], x.shape[1:], data.classes, config["init"], config["statistics"])
     name = Path(config["dataset"]).stem
