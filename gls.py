@@ -27,7 +27,7 @@ PGPE in ten lines:
 
     theta, sigma = torch.zeros(5), 0.1
     generator = torch.Generator().manual_seed(0)
-    loss = lambda thetas: (thetas - 1).abs().round().sum(1)       # flat steps: no gradient anywhere
+    loss = lambda thetas: (thetas - 1).abs().mul(10).ceil().sum(1)  # a staircase: no gradient anywhere
     optimizer = torch.optim.Adam([theta], lr=0.05)
     for step in range(200):
         value, theta.grad, _ = gls.pgpe(loss, theta, sigma, pairs=32, generator=generator)

@@ -77,7 +77,7 @@ class Affine(NamedTuple):
 
 def read_network(net, in_shape, params=None):
     """The network as stages: lists of Affine layers, with one ReLU between consecutive stages; and
-    the shape of each ReLU's input, without the batch.
+    the shapes at their ends, without the batch: of each ReLU's input and of the logits.
 
     BatchNorm2d in eval mode is itself affine, z -> s z + t with s = gamma / sqrt(var + eps) and
     t = beta - s mean: folded into the convolution before it, else a 1x1 depthwise convolution.
@@ -141,7 +141,7 @@ def read_network(net, in_shape, params=None):
     if len(shape) != 1 or not any(stages):
         raise ValueError(f"the network ends in the shape {shape}, not in logits; "
                          "is nn.Flatten() or a layer missing?")
-    return stages, shapes
+    return stages, [*shapes, shape]
 
 
 def _read_conv(layer, where, weight, bias, shape):
@@ -346,27 +346,25 @@ def _matrix(op, kernel):
 
 def _through_affine(A, d, window, op, rows):
     """a.z + d with z = W h + b  ->  (a W).h + (d + a.b), exactly."""
-    lead, per_channel = A.shape[:-1], A.shape[-1] // op.bias.shape[1]
-    b = op.bias.repeat_interleave(per_channel, dim=1) if per_channel > 1 else op.bias
-    flat = A.flatten(1, 3)                                                     # (P, rows, F)
-    d = d + (flat @ b[..., None]).view(-1, *lead[1:])
     below = _below(window, op)
-    if below is not None:
-        A = flat @ _matrix(op, window.kernel)
-    elif not op.is_conv:
-        A = flat @ op.weight
+    if window is not None and below is None:
+        A = _whole_map(A, window, op.out_shape, rows)                          # (P, B, 1, G*R, N)
+        d = d.expand(-1, -1, A.shape[3] // d.shape[3], -1).flatten(2).unsqueeze(2)
+    lead, flat = A.shape[1:-1], A.flatten(1, 3)                                # (P, rows, F)
+    b = op.bias.repeat_interleave(A.shape[-1] // op.bias.shape[1], dim=1)[..., None]
+    if not op.is_conv:
+        M = op.weight
+    elif below is not None:
+        M = _matrix(op, window.kernel)
+    elif op.in_shape[1] * op.in_shape[2] <= 4 * op.weight[0, 0, 0].numel():
+        # on a map this small, one dense matrix beats the convolution
+        M = _conv_transpose(torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)[None], op)
     else:
-        if window is not None:
-            A = _whole_map(A, window, op.out_shape, rows)
-            lead = A.shape[:-1]                                                # (P, B, 1, G*R)
-            d = d.expand(-1, -1, lead[3] // d.shape[3], -1).flatten(2).unsqueeze(2)
-        (H, W), (kh, kw) = op.in_shape[1:], op.weight.shape[3:]
-        if H * W <= 4 * kh * kw:    # a map so small that a dense matrix beats the convolution
-            eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)[None]
-            A = A.flatten(1, 3) @ _conv_transpose(eye, op)
-        else:
-            A = _conv_transpose(A.flatten(1, 3), op)
-    return A.view(-1, *lead[1:], A.shape[-1]), d, below
+        return (_conv_transpose(flat, op).view(-1, *lead, torch.Size(op.in_shape).numel()),
+                d + (flat @ b).view(-1, *lead), None)
+    # The bias is one more column of the matrix, so that A is read once, and its gradient too.
+    A, constant = (flat @ torch.cat([M, b], -1)).split([M.shape[-1], 1], -1)
+    return A.view(-1, *lead, M.shape[-1]), d + constant.view(-1, *lead), below
 
 
 def _conv_transpose(A, op):
@@ -413,7 +411,7 @@ def _lower_bounds(A, d, window, shape, rows, stages, bottom, relus, box):
         for n, op in enumerate(reversed(stages[s])):
             if window is not None and window.padding != (0, 0) and (n > 0 or s == top):
                 # No ReLU has been between this layer and the last, so A is not yet 0 on padding.
-                inside = A.new_ones(1, 1, torch.Size(shape).numel())
+                inside = A.new_ones(()).expand(1, box[0].shape[1], torch.Size(shape).numel())
                 A = A * _take(inside, window, shape, rows)
             A, d, window = _through_affine(A, d, window, op, rows)
             shape = op.in_shape
@@ -515,8 +513,8 @@ def _tightened(l, u, s, stages, relus, box, chunk):
 # ------------------------------------------------------------------------------------- the bounds
 
 def _prepare(net, x, eps, relax, params):
-    """Check the input; returns the stages, the shapes of the ReLUs, and the input set as a box
-    (P or 1, B, N). Elementwise layers that come first (normalisation) map boxes to boxes
+    """Check the input; returns the stages, the shapes at their ends, and the input set as a
+    box (P or 1, B, N). Elementwise layers that come first (normalisation) map boxes to boxes
     exactly, so they are applied to the box and taken off the stages."""
     if relax not in RELAXATIONS:
         raise ValueError(f"relax={relax!r} is not one of {', '.join(RELAXATIONS)}")
@@ -601,10 +599,10 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
 
     Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
     """
-    stages, _, box = _prepare(net, x, eps, relax, params)
+    stages, shapes, box = _prepare(net, x, eps, relax, params)
     if y.shape != x.shape[:1] or y.is_floating_point():
         raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)}")
-    K = (stages[-1][-1].out_shape if stages[-1] else (box[0].shape[-1],))[0]
+    K, = shapes[-1]
     if not ((y >= 0) & (y < K)).all():
         raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
     if intermediate is None:

@@ -1,0 +1,987 @@
+"""Every claim the other files make, checked. Run: pytest (about 2 minutes on 2 CPU cores).
+
+Oracles are independent of the code under test: hand-computed numbers, brute force, closed forms,
+finite differences, or slow_bounds below, a DeepPoly that anybody can check line by line.
+"""
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import math
+import tarfile
+import threading
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import certify
+import gls
+import relaxations
+import train
+from relaxations import RELAXATIONS, margin_lower_bounds, preactivation_bounds
+
+torch.set_num_threads(2)
+
+
+# ------------------------------------------------------------------------------------ networks to try
+
+def random_bn(channels):
+    bn = nn.BatchNorm2d(channels)
+    bn.running_mean.uniform_(-0.5, 0.5)
+    bn.running_var.uniform_(0.3, 2.0)
+    nn.init.uniform_(bn.weight, -1.5, 1.5)
+    nn.init.uniform_(bn.bias, -0.5, 0.5)
+    return bn
+
+
+NETS = {
+    "mlp": lambda: ((6,), [nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 4)]),
+    "windows": lambda: ((1, 9, 8), [                   # convolutions over convolutions, odd sizes
+        nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 3, (2, 3), stride=(1, 2)), nn.ReLU(),
+        nn.Conv2d(3, 2, 2, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)]),
+    "strides": lambda: ((2, 11, 9), [                  # strides that leave a rest, dilation, groups
+        nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.ReLU(),
+        nn.Conv2d(4, 4, 2, stride=2, dilation=(2, 1), padding=(1, 0), groups=4), nn.ReLU(),
+        nn.Conv2d(4, 3, 1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(3)]),
+    "outgrown": lambda: ((1, 5, 5), [                  # kernels larger than the map
+        nn.Conv2d(1, 2, 5, padding=2), nn.ReLU(), nn.Conv2d(2, 2, 5, padding=2), nn.ReLU(),
+        nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)]),
+    "batchnorm": lambda: ((2, 6, 7), [                 # in every place; two affine layers in a row
+        random_bn(2), nn.Conv2d(2, 3, 3, padding=1), random_bn(3), nn.ReLU(), random_bn(3),
+        nn.Conv2d(3, 2, 3, padding=1), nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.LazyLinear(4), nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(3)]),
+    "relus": lambda: ((2, 4, 4), [                     # first, last, twice, after Flatten
+        nn.ReLU(), nn.Conv2d(2, 2, 2, padding="same", dilation=2), nn.Flatten(), nn.ReLU(), nn.ReLU(),
+        nn.LazyLinear(6), nn.ReLU(), nn.LazyLinear(3), nn.ReLU()]),
+}
+
+
+def make(name, seed=0, dtype=torch.float64, batch=3):
+    """A random network of the list above, images with pixels at both ends of [0, 1], and labels."""
+    torch.manual_seed(seed)
+    shape, layers = NETS[name]()
+    net = nn.Sequential(*layers).eval()
+    net(torch.zeros(1, *shape))                        # sets the sizes of lazy layers
+    net = net.to(dtype)
+    for p in net.parameters():
+        if p.dim() > 1:
+            p.data.mul_(1.5)
+    x = (1.4 * torch.rand(batch, *shape, dtype=dtype) - 0.2).clamp(0, 1)
+    return net, x, net(x).argmax(1)
+
+
+def true_margins(net, x, y):
+    logits = net(x)
+    return logits.gather(1, y[:, None]) - logits
+
+
+def relu_inputs(net, x):
+    """The input of each ReLU, by running the network."""
+    found = []
+    for layer in net:
+        if isinstance(layer, nn.ReLU):
+            found.append(x)
+        x = layer(x)
+    return found
+
+
+def in_ball(x, eps, n, generator):
+    """n points of the ball around each x: half of them corners. (n, B, ...)"""
+    u = 2 * torch.rand(n, *x.shape, dtype=x.dtype, generator=generator) - 1
+    u[::2] = u[::2].sign()
+    return (x + eps * u).clamp(0, 1)
+
+
+def slow_bounds(net, x, y, eps, crown_ibp=False):
+    """Textbook DeepPoly (or CROWN-IBP) of one image, neuron by neuron: pre-activations and margins.
+
+    Dense matrices of the layers between ReLUs come from differentiating them; all else is spelt out.
+    """
+    matrices, chain, shape = [], [], x.shape
+    for layer in [*net, None]:
+        if layer is None or isinstance(layer, nn.ReLU):
+            f = nn.Sequential(*chain)
+            point = torch.zeros(shape, dtype=x.dtype)
+            W = torch.autograd.functional.jacobian(lambda v: f(v[None])[0].flatten(), point)
+            matrices.append((W.flatten(1), f(point[None])[0].flatten().detach()))
+            shape, chain = f(point[None])[0].shape, []
+        else:
+            chain.append(layer)
+    low, high = (x - eps).clamp(min=0).flatten(), (x + eps).clamp(max=1).flatten()
+    bounds = []
+
+    def lower(row, top):         # a lower bound of row . z, where z is the output of matrices[top]
+        constant = 0.0
+        for k in range(top, -1, -1):
+            W, b = matrices[k]
+            constant, row = constant + row @ b, row @ W
+            if k == 0:
+                break
+            new = torch.zeros_like(row)
+            for j in range(len(row)):
+                l, u = (t[j] for t in bounds[k - 1])
+                if l >= 0:
+                    new[j] = row[j]
+                elif u > 0 and row[j] >= 0:
+                    new[j] = row[j] * (1.0 if u >= -l else 0.0)
+                elif u > 0:
+                    new[j] = row[j] * u / (u - l)
+                    constant = constant - row[j] * u * l / (u - l)
+            row = new
+        return constant + sum(r * (low[j] if r >= 0 else high[j]) for j, r in enumerate(row))
+
+    inner_low, inner_high = low, high
+    for k, (W, b) in enumerate(matrices[:-1]):
+        if crown_ibp:
+            l = W.clamp(min=0) @ inner_low + W.clamp(max=0) @ inner_high + b
+            u = W.clamp(min=0) @ inner_high + W.clamp(max=0) @ inner_low + b
+        else:
+            eye = torch.eye(len(b), dtype=x.dtype)
+            l, u = torch.stack([lower(e, k) for e in eye]), -torch.stack([lower(-e, k) for e in eye])
+        bounds.append((l, u))
+        inner_low, inner_high = l.clamp(min=0), u.clamp(min=0)
+    K = len(matrices[-1][1])
+    eye = torch.eye(K, dtype=x.dtype)
+    return bounds, torch.stack([lower(eye[y] - eye[k], len(matrices) - 1) for k in range(K)])
+
+
+# ---------------------------------------------------------------------------------------- relaxations
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("relax", RELAXATIONS)
+@pytest.mark.parametrize("name", NETS)
+def test_sound_against_samples_and_pgd(name, relax, skip):
+    g = torch.Generator().manual_seed(1)
+    for seed, eps in ((0, 0.02), (1, 0.1), (2, 0.5), (3, 1.0)):
+        net, x, y = make(name, seed)
+        bounds = preactivation_bounds(net, x, eps, relax, skip_stable=skip)
+        low = margin_lower_bounds(net, x, y, eps, relax, skip_stable=skip)
+        for point in in_ball(x, eps, 60, g):
+            assert (true_margins(net, point, y) >= low - 1e-9).all()
+            for z, (l, u) in zip(relu_inputs(net, point), bounds):
+                assert z.shape == l.shape and (z >= l - 1e-9).all() and (z <= u + 1e-9).all()
+        points, worst = train.attack(net, x, y, eps, steps=15, restarts=2)
+        assert (worst >= train.smallest(low, y) - 1e-9).all()
+        assert ((points - x).abs() <= eps + 1e-12).all() and ((points >= 0) & (points <= 1)).all()
+
+
+@pytest.mark.parametrize("slope", [relaxations.zero, relaxations.one, relaxations.parallel])
+def test_every_slope_rule_is_sound(slope):
+    net, x, y = make("windows")
+    low = margin_lower_bounds(net, x, y, 0.1, slope=slope)
+    assert not torch.equal(low, margin_lower_bounds(net, x, y, 0.1))
+    for point in in_ball(x, 0.1, 100, torch.Generator().manual_seed(0)):
+        assert (true_margins(net, point, y) >= low - 1e-9).all()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_equal_to_the_slow_path(name):
+    full, x, y = make(name, batch=2)
+    # a ReLU right after a ReLU does nothing, and costs nothing here; the slow path does not know that
+    net = nn.Sequential(*[a for a, b in zip(full, [None, *full]) if not (isinstance(a, nn.ReLU)
+                                                                         and isinstance(b, nn.ReLU))])
+    for relax in ("crown-ibp", "deeppoly"):
+        torch.testing.assert_close(margin_lower_bounds(full, x, y, 0.1, relax),
+                                   margin_lower_bounds(net, x, y, 0.1, relax))
+        if relax == "crown-ibp" and name == "batchnorm":
+            continue                 # intervals there go layer by layer, not through the product
+        ours = margin_lower_bounds(net, x, y, 0.1, relax), preactivation_bounds(net, x, 0.1, relax)
+        for i in range(len(x)):
+            bounds, low = slow_bounds(net, x[i], y[i], 0.1, relax == "crown-ibp")
+            torch.testing.assert_close(ours[0][i], low, atol=1e-9, rtol=0)
+            for (l, u), (a, b) in zip(ours[1], bounds):
+                torch.testing.assert_close(l[i].flatten(), a, atol=1e-9, rtol=0)
+                torch.testing.assert_close(u[i].flatten(), b, atol=1e-9, rtol=0)
+
+
+def test_by_hand():
+    """Two hidden layers, input x in [1/4, 3/4]^2 (eps 1/4 around the middle), label 0:
+
+        z1 = x1 + x2 - 1/2 in [0, 1]     h1 = relu(z1) = z1               logit 0 = 2 h4
+        z2 = x1 - x2 in [-1/2, 1/2]      h2 = relu(z2)                    logit 1 = h3
+        z3 = h1 - h2                     z4 = h1
+
+    Intervals: z3 in [-1/2, 1], z4 in [0, 1], margin 2 h4 - h3 >= 2*0 - 1 = -1.
+    Back-substitution of z3: h2 <= (z2 + 1/2)/2, so z3 >= x1 + x2 - 1/2 - (x1 - x2)/2 - 1/4
+        = x1/2 + 3/2 x2 - 3/4 >= -1/4;  h2 >= z2 (a tie, slope 1), so z3 <= 2 x2 - 1/2 <= 1.
+    Margin, with h3 <= c (z3 - l), c = u/(u - l): 2 h1 - c (h1 - h2) + c l, and h2 >= z2:
+        CROWN-IBP l = -1/2, c = 2/3:  2 x1 + 2/3 x2 - 1   >= 1/2 + 1/6  - 1   = -1/3
+        DeepPoly  l = -1/4, c = 4/5:  2 x1 + 2/5 x2 - 4/5 >= 1/2 + 1/10 - 4/5 = -1/5
+    """
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double()
+    for layer, W, b in ((0, [[1., 1.], [1., -1.]], [-.5, 0.]), (2, [[1., -1.], [1., 0.]], [0., 0.]),
+                        (4, [[0., 2.], [1., 0.]], [0., 0.])):
+        net[layer].weight.data, net[layer].bias.data = torch.tensor(W).double(), torch.tensor(b).double()
+    x, y = torch.full((1, 2), 0.5).double(), torch.tensor([0])
+    for relax, margin, low in (("box", -1, -.5), ("crown-ibp", -1 / 3, -.5), ("deeppoly", -.2, -.25)):
+        assert margin_lower_bounds(net, x, y, 0.25, relax)[0].tolist() == pytest.approx([0, margin])
+        (l1, u1), (l3, u3) = preactivation_bounds(net, x, 0.25, relax)
+        assert l1[0].tolist() == [0, -.5] and u1[0].tolist() == [1, .5]
+        assert l3[0].tolist() == pytest.approx([low, 0]) and u3[0].tolist() == pytest.approx([1, 1])
+
+
+def test_elision_example_of_the_docstring():
+    net = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2))
+    for p, v in zip(net.parameters(), ([[5.]], [0.], [[1.], [1.]], [1., 0.])):
+        p.data = torch.tensor(v)
+    low = margin_lower_bounds(net, torch.tensor([[0.5]]), torch.tensor([0]), 0.5, "box")
+    assert low[0].tolist() == [0, 1]
+
+
+def test_exact_on_affine_networks():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), random_bn(3), nn.Flatten(), nn.LazyLinear(4)).eval()
+    net(torch.zeros(1, 2, 4, 5))
+    net = net.double()
+    x, y = torch.rand(3, 2, 4, 5).double(), torch.tensor([0, 1, 3])
+    low = margin_lower_bounds(net, x, y, 0.2, "deeppoly")
+    for i in range(3):
+        J = torch.autograd.functional.jacobian(lambda v: true_margins(net, v[None], y[i:i + 1])[0], x[i])
+        exact = true_margins(net, x[i:i + 1], y[i:i + 1])[0] + torch.stack([
+            torch.minimum(j * ((x[i] - .2).clamp(0, 1) - x[i]), j * ((x[i] + .2).clamp(0, 1) - x[i])).sum()
+            for j in J])
+        torch.testing.assert_close(low[i], exact)
+
+
+def test_two_neurons_by_brute_force():
+    """relu(w1.x + b1), relu(w2.x + b2) over a square: linear on the cells of a line arrangement, so the
+    minimum is at one of its vertices. Bounds never exceed it, and meet it if both neurons are stable."""
+    g, exact_cases = torch.Generator().manual_seed(0), 0
+    for _ in range(100):
+        net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double()
+        for p in net.parameters():
+            p.data = torch.randn(p.shape, generator=g, dtype=torch.float64)
+        x, eps = torch.rand(1, 2, generator=g, dtype=torch.float64), 0.2
+        lo, hi = (x[0] - eps).clamp(min=0), (x[0] + eps).clamp(max=1)
+        lines = [([1., 0.], lo[0]), ([1., 0.], hi[0]), ([0., 1.], lo[1]), ([0., 1.], hi[1])]
+        lines += [(net[0].weight[j].tolist(), -net[0].bias[j]) for j in (0, 1)]
+        points = []
+        for i in range(6):
+            for j in range(i):
+                M = torch.tensor([lines[i][0], lines[j][0]], dtype=torch.float64)
+                if M.det().abs() > 1e-9:
+                    p = torch.linalg.solve(M, torch.stack([lines[i][1].detach(), lines[j][1].detach()]))
+                    if (p >= lo - 1e-9).all() and (p <= hi + 1e-9).all():
+                        points.append(p)
+        points = torch.stack(points)
+        y = net(x).argmax(1)
+        exact = true_margins(net, points, y.expand(len(points))).amin(0)
+        (l, u), = preactivation_bounds(net, x, eps, "box")
+        stable = bool(((l >= 0) | (u <= 0)).all())
+        exact_cases += stable
+        for relax in RELAXATIONS:
+            low = margin_lower_bounds(net, x, y, eps, relax)[0]
+            assert (low <= exact + 1e-9).all()
+            if stable and relax != "box":
+                torch.testing.assert_close(low, exact)
+    assert 20 < exact_cases < 80
+
+
+@pytest.mark.parametrize("relax", RELAXATIONS)
+@pytest.mark.parametrize("name", NETS)
+def test_eps_zero_is_the_forward_pass(name, relax):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        net, x, y = make(name, dtype=dtype)
+        low = margin_lower_bounds(net, x, y, 0.0, relax)
+        torch.testing.assert_close(low, true_margins(net, x, y), atol=tolerance, rtol=tolerance)
+        for z, (l, u) in zip(relu_inputs(net, x), preactivation_bounds(net, x, 0, relax)):
+            torch.testing.assert_close(l, z, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(u, z, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("relax", RELAXATIONS)
+@pytest.mark.parametrize("name", NETS)
+def test_population_equals_a_loop_and_chunks_change_nothing(name, relax, skip):
+    nets = [make(name, seed)[0] for seed in range(3)]
+    _, x, y = make(name, 0)
+    params, buffers = torch.func.stack_module_state(nets)
+    both = {**params, **buffers}
+    loop = torch.stack([margin_lower_bounds(n, x, y, 0.1, relax, skip_stable=skip) for n in nets])
+    for chunk in (None, 1, 300):
+        stacked = margin_lower_bounds(nets[0], x, y, 0.1, relax, both, skip, chunk=chunk)
+        torch.testing.assert_close(stacked, loop, atol=1e-10, rtol=1e-10)
+    bounds = preactivation_bounds(nets[0], x, 0.1, relax, both, skip_stable=skip)
+    for i, n in enumerate(nets):
+        for (l, u), (a, b) in zip(bounds, preactivation_bounds(n, x, 0.1, relax, skip_stable=skip)):
+            assert l.shape == (3, *a.shape)
+            torch.testing.assert_close(l[i], a)
+            torch.testing.assert_close(u[i], b)
+    again = margin_lower_bounds(nets[0], x, y, 0.1, relax, both, skip, intermediate=bounds)
+    torch.testing.assert_close(again, loop)
+
+
+@pytest.mark.parametrize("chunk", [None, 200])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("relax", RELAXATIONS)
+@pytest.mark.parametrize("name", ["windows", "outgrown", "batchnorm"])
+def test_gradient_against_finite_differences(name, relax, skip, chunk):
+    net, x, y = make(name)
+    names, values = zip(*((n, p.detach()[None]) for n, p in net.named_parameters()))
+    g = torch.Generator().manual_seed(0)
+    direction = [torch.randn(v.shape, generator=g, dtype=v.dtype) for v in values]
+
+    def f(t):
+        params = {n: v + t * d for n, v, d in zip(names, values, direction)}
+        bounds = preactivation_bounds(net, x, 0.1, relax, params, skip_stable=skip, chunk=chunk)
+        low = margin_lower_bounds(net, x, y, 0.1, relax, params, intermediate=bounds, chunk=chunk)
+        return low.logsumexp(-1).sum() + sum((u - l).square().mean() for l, u in bounds)
+
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    slope, = torch.autograd.grad(f(t), t)
+    h = 1e-7
+    with torch.no_grad():
+        assert slope.item() == pytest.approx(((f(h) - f(-h)) / (2 * h)).item(), rel=1e-4)
+
+
+def test_gradient_is_finite_where_bounds_are_zero():
+    net = train.build_network("cnn3", (1, 8, 8), 10)
+    for p in net.parameters():
+        if p.dim() == 1:
+            p.data.zero_()
+    for relax in RELAXATIONS:        # black images, eps 0 and zero biases: l = u = 0 everywhere
+        net.zero_grad()
+        margin_lower_bounds(net, torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), 0.0, relax).sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_batchnorm_is_folded_exactly():
+    torch.manual_seed(0)
+    conv, bn = nn.Conv2d(2, 3, 3, padding=1), random_bn(3)
+    rest = [nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)]
+    net = nn.Sequential(conv, bn, *rest).double().eval()
+    fused = nn.Sequential(torch.nn.utils.fuse_conv_bn_eval(conv, bn), *rest).double().eval()
+    x, y = torch.rand(2, 2, 4, 4).double(), torch.tensor([0, 2])
+    for relax in RELAXATIONS:
+        torch.testing.assert_close(margin_lower_bounds(net, x, y, .1, relax),
+                                   margin_lower_bounds(fused, x, y, .1, relax))
+
+
+def test_eps_is_in_pixels_whatever_the_normalisation():
+    """A network on (x - mean) / std is the same function as one with these in its first weights."""
+    torch.manual_seed(0)
+    net = train.build_network("mlp", (3, 4, 4), 3, "default", statistics=train.CIFAR_STATISTICS).double()
+    mean, std = (torch.tensor(t).double().repeat_interleave(16) for t in train.CIFAR_STATISTICS)
+    plain = deepcopy(net)[1:]
+    plain[1].weight.data = net[2].weight.data / std
+    plain[1].bias.data = net[2].bias.data - net[2].weight.data @ (mean / std)
+    x, y = torch.rand(2, 3, 4, 4).double(), torch.tensor([0, 1])
+    torch.testing.assert_close(net(x), plain(x))
+    for relax in RELAXATIONS:
+        torch.testing.assert_close(margin_lower_bounds(net, x, y, .1, relax),
+                                   margin_lower_bounds(plain, x, y, .1, relax))
+
+
+def test_the_ball_is_clipped_to_pixels():
+    net, x, y = make("mlp")
+    x = x.round()                                       # pixels 0 and 1: half the ball is outside
+    low = margin_lower_bounds(net, x, y, 0.2)
+    inside = margin_lower_bounds(net, (x * 0.8 + 0.1), y, 0.1)      # the same set, as a smaller ball
+    torch.testing.assert_close(low, inside)
+    torch.testing.assert_close(margin_lower_bounds(net, x, y, 5.0), margin_lower_bounds(net, x, y, 1.0))
+
+
+def test_skip_stable_only_replaces_bounds_of_unstable_neurons():
+    for name in NETS:
+        net, x, y = make(name, seed=5)
+        box = preactivation_bounds(net, x, 0.05, "box")
+        text = preactivation_bounds(net, x, 0.05, "deeppoly")
+        skip = preactivation_bounds(net, x, 0.05, "deeppoly", skip_stable=True)
+        same = True
+        for (bl, bu), (tl, tu), (sl, su) in zip(box, text, skip):
+            assert (sl >= bl - 1e-12).all() and (su <= bu + 1e-12).all()
+            same &= bool((((tl < 0) & (tu > 0)) == ((sl < 0) & (su > 0))).all())
+            unstable = (sl < 0) & (su > 0)
+            if same:                 # no sign settled by intervals alone so far: the textbook's bounds
+                assert (sl[unstable] >= tl[unstable] - 1e-12).all()
+    net, x, y = make("mlp")          # and where nothing is unstable, all agree with the forward pass
+    torch.testing.assert_close(margin_lower_bounds(net, x, y, 0, skip_stable=True), true_margins(net, x, y))
+
+
+def test_a_network_with_nan_weights_is_never_certified():
+    for name in NETS:
+        for layer in range(2, 9):
+            net, x, y = make(name)
+            if layer < len(net) and getattr(net[layer], "weight", None) is not None:
+                net[layer].weight.data.flatten()[0] = math.nan
+                for relax in RELAXATIONS:
+                    low = margin_lower_bounds(net, x, y, 0.01, relax)
+                    assert not (train.smallest(low, y) > 0).any()
+
+
+@pytest.mark.parametrize("layers, message", [
+    ([nn.Flatten(), nn.Sigmoid()], "layer 1 (Sigmoid) is not supported; supported are Conv2d"),
+    ([nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")], "layer 0 (Conv2d): only symmetric zero padding"),
+    ([nn.Conv2d(1, 2, 2, padding="same")], "only symmetric zero padding"),
+    ([nn.Conv2d(2, 2, 3)], "layer 0 (Conv2d) takes 2 channels"),
+    ([nn.Conv2d(1, 2, 7)], "its kernel is larger than its input"),
+    ([nn.Conv2d(1, 2, 3), nn.Linear(2, 3)], "is nn.Flatten() missing?"),
+    ([nn.Conv2d(1, 2, 3)], "not in logits"),
+    ([nn.BatchNorm2d(1).train(), nn.Flatten(), nn.Linear(16, 3)], "layer 0 (BatchNorm2d) uses batch statistics"),
+    ([nn.Flatten(2), nn.Linear(16, 3)], "only Flatten(start_dim=1, end_dim=-1)"),
+])
+def test_networks_that_cannot_be_bounded(layers, message):
+    with pytest.raises(ValueError) as error:
+        margin_lower_bounds(nn.Sequential(*layers), torch.zeros(1, 1, 4, 4), torch.tensor([0]), 0.1)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(relax="zonotope"), "relax='zonotope' is not one of box, crown-ibp, deeppoly"),
+    (dict(eps=-0.1), "eps=-0.1"), (dict(eps=math.nan), "eps=nan"),
+    (dict(x=torch.full((1, 6), 1.2)), "outside [0, 1]"), (dict(x=torch.full((1, 6), math.nan)), "outside [0, 1]"),
+    (dict(x=torch.zeros(1, 6).double()), "share one float dtype"),
+    (dict(y=torch.tensor([4])), "labels outside 0..3"), (dict(y=torch.tensor([0, 1])), "1 integer labels"),
+    (dict(params={"0.weights": torch.zeros(2, 7, 6)}), "unknown ['0.weights']"),
+    (dict(net=nn.Linear(6, 4)), "has to be a torch.nn.Sequential"),
+])
+def test_arguments_that_make_no_sense(change, message):
+    args = dict(net=make("mlp", dtype=torch.float32)[0], x=torch.zeros(1, 6), y=torch.tensor([0]), eps=0.1) | change
+    with pytest.raises(ValueError) as error:
+        margin_lower_bounds(**args)
+    assert message in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ gls
+
+def mean_and_error(samples):
+    """Mean over repetitions, and five standard errors of it: what an unbiased estimate stays within."""
+    samples = torch.stack(samples)
+    return samples.mean(0), 5 * samples.std(0) / len(samples) ** 0.5
+
+
+A = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+SMOOTHED = {   # loss, gradient of its smoothed version at theta, and the gradient per sigma_j
+    "linear": (lambda t: t @ A, lambda theta, s: A, lambda theta, s: torch.zeros(3)),
+    # E|theta + s eps|^2 / 2 = |theta|^2 / 2 + sum_j s_j^2 / 2
+    "quadratic": (lambda t: t.square().sum(1) / 2, lambda theta, s: theta, lambda theta, s: s.expand(3)),
+    # P(theta_0 + s eps > 0) = Phi(theta_0 / s), whose derivatives are phi/s and -phi theta_0/s^2
+    "step": (lambda t: (t[:, 0] > 0).to(t.dtype),
+             lambda theta, s: torch.exp(-(theta / s) ** 2 / 2) / (s * math.sqrt(2 * math.pi)) * torch.eye(3)[0],
+             lambda theta, s: -theta / s ** 2 * torch.exp(-(theta / s) ** 2 / 2) / math.sqrt(2 * math.pi)
+             * torch.eye(3)[0]),
+}
+
+
+@pytest.mark.parametrize("per_parameter", [False, True])
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_pgpe_is_unbiased(name, per_parameter):
+    loss, gradient, per_sigma = SMOOTHED[name]
+    theta = torch.tensor([0.2, -0.3, 0.5], dtype=torch.float64)
+    sigma = torch.tensor([0.3, 0.5, 0.4] if per_parameter else 0.3, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    for pairs in (1, 2, 5):          # a bias such as the factor 1 - 1/n would show with few pairs
+        runs = [gls.pgpe(loss, theta, sigma, pairs, g) for _ in range(4000)]
+        s_grad = per_sigma(theta, sigma).double()
+        for samples, expected in (([r[1] for r in runs], gradient(theta, sigma).double()),
+                                  ([r[2] for r in runs], s_grad if per_parameter else s_grad.sum())):
+            mean, error = mean_and_error(samples)
+            assert mean.shape == expected.shape and ((mean - expected).abs() <= error + 1e-12).all()
+
+
+def test_pgpe_variance_is_that_of_antithetic_pairs():
+    """For a linear loss the pair difference is exact: Var[grad_j] = (|a|^2 + a_j^2) / n."""
+    theta, g = torch.zeros(3, dtype=torch.float64), torch.Generator().manual_seed(0)
+    runs = torch.stack([gls.pgpe(lambda t: 7 + t @ A, theta, 0.1, 4, g)[1] for _ in range(5000)])
+    torch.testing.assert_close(runs.var(0), (A.square().sum() + A ** 2) / 4, rtol=0.1, atol=0)
+
+
+def test_rgs_is_the_mean_gradient_and_blind_to_jumps():
+    theta, g = torch.tensor([0.2, -0.3, 0.5], dtype=torch.float64), torch.Generator().manual_seed(0)
+    quadratic, step = SMOOTHED["quadratic"][0], lambda t: SMOOTHED["step"][0](t) + 0 * t.sum(1)
+    mean, error = mean_and_error([gls.rgs(quadratic, theta, 0.3, 3, g)[1] for _ in range(2000)])
+    assert ((mean - theta).abs() <= error).all()
+    torch.testing.assert_close(gls.rgs(quadratic, theta, 0.3, 4, g, antithetic=True)[1], theta)
+    assert gls.rgs(step, theta, 0.3, 50, g)[1].abs().max() == 0          # while PGPE sees it, above
+    value, grad, none = gls.gradient(quadratic, theta)
+    torch.testing.assert_close(grad, theta)
+    assert value == quadratic(theta[None])[0] and none is None
+    smooth = torch.stack([gls.rgs(quadratic, theta, 0.3, 1, g)[1] for _ in range(4000)]) - theta
+    torch.testing.assert_close(smooth.std(0), torch.full((3,), 0.3).double(), rtol=0.1, atol=0)
+
+
+def test_smoothed_loss():
+    theta, g = torch.tensor([0.2, 0.0, 0.0], dtype=torch.float64), torch.Generator().manual_seed(0)
+    value, error = gls.smoothed_loss(SMOOTHED["step"][0], theta, 0.3, 20000, g)
+    exact = 0.5 * (1 + math.erf(0.2 / 0.3 / math.sqrt(2)))
+    assert abs(value - exact) < 5 * error and 0 < error < 0.01
+
+
+@pytest.mark.parametrize("estimator", [
+    lambda *a, **k: gls.pgpe(*a, 6, **k), lambda *a, **k: gls.rgs(*a, 6, **k),
+    lambda *a, **k: gls.rgs(*a, 6, antithetic=True, **k), lambda *a, **k: gls.smoothed_loss(*a, 6, **k)])
+def test_estimators_leave_theta_alone_and_do_not_depend_on_chunks(estimator):
+    theta = torch.randn(5, dtype=torch.float64)
+    before = theta.clone()
+    results = [estimator(lambda t: t.square().sum(1).sin(), theta, 0.2,
+                         generator=torch.Generator().manual_seed(3), chunk=chunk) for chunk in (None, 1, 4)]
+    assert torch.equal(theta, before) and not theta.requires_grad
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert a is b is None or torch.allclose(a, b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda f, t, g: gls.pgpe(f, t, 0.1, 0, g), "pairs=0"), (lambda f, t, g: gls.rgs(f, t, 0.1, 0, g), "samples=0"),
+    (lambda f, t, g: gls.pgpe(f, t, 0.0, 2, g), "sigma"), (lambda f, t, g: gls.rgs(f, t, -1.0, 2, g), "sigma"),
+    (lambda f, t, g: gls.rgs(f, t, 0.1, 3, g, antithetic=True), "samples=3 has to be even"),
+    (lambda f, t, g: gls.pgpe(lambda t: t.sum(), t, 0.1, 2, g), "has to map (P, D) to (P,)"),
+    (lambda f, t, g: gls.pgpe(f, t[None], 0.1, 2, g), "one vector"),
+    (lambda f, t, g: gls.smoothed_loss(f, t, 0.1, 3, g), "samples=3 has to be even"),
+])
+def test_estimators_refuse_nonsense(call, message):
+    with pytest.raises(ValueError) as error:
+        call(lambda t: t.sum(1), torch.zeros(3), torch.Generator())
+    assert message in str(error.value)
+
+
+def test_pgpe_example_of_the_docstring_runs():
+    code = gls.__doc__.split("PGPE in ten lines:")[1]
+    scope = {"torch": torch, "gls": gls}
+    exec("\n".join(line[4:] for line in code.splitlines()).replace("print(theta)", ""), scope)
+    assert (scope["theta"] - 1).abs().max() < 0.05
+
+
+# ---------------------------------------------------------------------------------------------- train
+
+def test_network_sizes_and_initialisation():
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    torch.manual_seed(0)
+    for name, shape, n in (("cnn3", (1, 28, 28), 24330), ("cnn3", (3, 32, 32), 29930),
+                           ("cnn5", (1, 28, 28), 820954), ("cnn5", (3, 32, 32), 1067002)):
+        assert count(train.build_network(name, shape, 10)) == n
+    assert 13.2e6 < count(train.build_network("cnn7", (1, 28, 28), 10)) < 13.4e6
+    net = train.build_network("cnn5", (3, 32, 32), 10)
+    for layer in (net[2], net[4], net[7]):
+        fan_in = layer.weight[0].numel()
+        assert layer.weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / fan_in, rel=0.05)
+    assert net[9].weight.abs().max() <= 1 / math.sqrt(512)             # the last layer keeps PyTorch's
+    for shape in ((1, 7, 9), (3, 13, 5)):                              # any input size
+        for name in train.NETWORKS:
+            assert train.build_network(name, shape, 3, "default")(torch.zeros(2, *shape)).shape == (2, 3)
+
+
+def test_unflatten_is_the_order_of_parameters_to_vector():
+    net = train.build_network("cnn7", (1, 6, 6), 3)
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    for name, t in train.unflatten(theta[None], net).items():
+        assert torch.equal(t[0], net.get_parameter(name))
+
+
+def test_robust_loss_bounds_the_worst_cross_entropy_and_counts_its_parts():
+    net, x, y = make("windows", dtype=torch.float64)
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()[None]
+    loss = lambda **k: train.robust_loss(net, x, y, 0.05, **k)(theta).item()
+    cross_entropy = nn.functional.cross_entropy
+    worst = max(cross_entropy(net(p), y).item() for p in in_ball(x, 0.05, 50, torch.Generator().manual_seed(0)))
+    natural, weights = cross_entropy(net(x), y).item(), sum(p.abs().sum() for p in net.parameters() if p.dim() > 1)
+    assert loss() >= worst
+    assert loss(kappa=1.0) == pytest.approx(natural)
+    assert loss(kappa=0.25) == pytest.approx(0.75 * loss() + 0.25 * natural)
+    assert loss(l1=0.01) == pytest.approx(loss() + 0.01 * weights.item())
+    assert train.robust_loss(net, x, y, 0.0)(theta).item() == pytest.approx(natural)
+    margins, fractions = margin_lower_bounds(net, x, y, 0.05), []
+    train.robust_loss(net, x, y, 0.05, certified=fractions)(theta)
+    assert fractions[0].item() == pytest.approx(sum(
+        all(m > 0 for k, m in enumerate(row) if k != c) for row, c in zip(margins.tolist(), y.tolist())) / len(y))
+
+
+def test_regularizers_by_hand():
+    """Centres 3, 1, -1 (radius 1/2, so two neurons active, one inactive), then 1, -1 with radius 2."""
+    c = torch.tensor([[[3., 1., -1.]]])
+    first = (c - .5, c + .5)
+    # tightness: relu(.5 - .1/.5)/.5 = .6.  m = (4/3) / (1/3) = 4; mean 1, squares 4, 0, 4, so v = 4/4
+    # balance: relu(.5 - 1/4)/.5 + relu(.5 - 1)/.5 = .5
+    assert train.regularizers([first], 0.1).item() == pytest.approx(1.1)
+    wide = torch.tensor([[[1., -1.]]])
+    # tightness: relu(.5 - .1/2)/.5 = .9; nothing is stable, so its balance is skipped, not counted as 0/0
+    both = train.regularizers([first, (wide - 2, wide + 2)], 0.1)
+    assert both.item() == pytest.approx((.6 + .9) / 2 + .5 / 2)
+
+
+def test_eps_schedule():
+    e = [train.eps_at(t / 1000, 0.3) for t in range(1001)]
+    steps = np.diff(e)
+    assert e[0] == 0 and e[-1] == pytest.approx(0.3) and train.eps_at(7, 0.3) == pytest.approx(0.3)
+    assert (steps > 0).all() and (np.diff(steps) > -1e-12).all()       # convex: no slope ever falls
+    assert np.allclose(steps[250:], steps[-1]) and steps[249] == pytest.approx(steps[250], rel=0.02)
+    assert train.eps_at(0.125, 1.0) / train.eps_at(0.25, 1.0) == pytest.approx(1 / 16)       # quartic
+
+
+def test_attack_is_exact_on_an_affine_network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+    x = torch.rand(20, 1, 3, 4)
+    y = net(x).argmax(1)
+    points, worst = train.attack(net, x, y, 0.15, steps=30)
+    exact = train.smallest(margin_lower_bounds(net.double(), x.double(), y, 0.15), y)
+    torch.testing.assert_close(worst, exact, atol=1e-5, rtol=0)
+    wide = x.double()                                                  # float32 points, exactly in the ball
+    assert ((points.double() - wide).abs() <= 0.15).all() and points.min() >= 0 and points.max() <= 1
+
+
+def test_augment_shifts_and_flips():
+    x, g = torch.arange(1., 3 * 16 + 1).view(1, 3, 4, 4).repeat(200, 1, 1, 1), torch.Generator().manual_seed(0)
+    padded = nn.functional.pad(x[0], (2, 2, 2, 2))
+    crops = {tuple(p[:, i:i + 4, j:j + 4].flatten().tolist()) for i in range(5) for j in range(5)
+             for p in (padded, nn.functional.pad(x[0].flip(2), (2, 2, 2, 2)))}
+    out = {tuple(image.flatten().tolist()) for image in train.augment(x, g)}
+    assert out <= crops and len(out) > 40                              # of 50
+
+
+def test_certified_margin_decides_close_calls_in_float64():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 3))
+    x = torch.rand(2, 50)
+    y = net(x).argmax(1)
+    low = train.certified_margin(net, x, y, 0.01, "deeppoly")
+    net[2].bias.data[y[0]] -= low[0].item()                            # now the bound is about 0
+    exact = train.certified_margin(*train.in_float64(net, x, y), 0.01, "deeppoly")
+    assert exact.abs()[0] < train.CLOSE
+    assert train.certified_margin(net, x, y, 0.01, "deeppoly")[0] == exact[0].float()
+
+
+# ------------------------------------------------------------------------------------ files of data
+
+def idx(images, magic):
+    sizes = np.array([magic, *images.shape], ">i4").tobytes()
+    return sizes + images.astype(np.uint8).tobytes()
+
+
+def fake_mnist(folder, zipped):
+    rng, content = np.random.default_rng(0), {}
+    for name in train.MNIST_FILES:
+        n = 20 if "train" in name else 10
+        array = rng.integers(0, 256, (n, 28, 28)) if "images" in name else rng.integers(0, 10, n)
+        content[name] = idx(array, 0x803 if "images" in name else 0x801)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / (name + ".gz" * zipped)
+        path.write_bytes(gzip.compress(content[name]) if zipped else content[name])
+    return content
+
+
+@pytest.mark.parametrize("place, zipped", [("MNIST/raw", True), ("MNIST/raw", False), (".", True), (".", False)])
+def test_mnist_files(tmp_path, place, zipped):
+    content = fake_mnist(tmp_path / place, zipped)
+    data = train.load_dataset("mnist", tmp_path)
+    assert data.x_train.shape == (20, 1, 28, 28) and data.x_test.shape == (10, 1, 28, 28) and data.classes == 10
+    raw = np.frombuffer(content["train-images-idx3-ubyte"], np.uint8)[16:]
+    assert torch.equal(data.x_train.flatten(), torch.tensor(raw) / 255)
+    assert data.y_test.tolist() == list(content["t10k-labels-idx1-ubyte"][8:])
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda b: b[:-5], "bytes where its header says"), (lambda b: b + b"x", "more bytes"), (lambda b: b"", "not an MNIST"),
+    (lambda b: b"\x00\x00\x08\x01" + b[4:], "not an MNIST image file"), (lambda b: b[:4] + b"\x7f" * 4 + b[8:], "not an MNIST"),
+    (lambda b: b"PK" + b, "not an MNIST")])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_mnist(tmp_path, damage, message, zipped):
+    content = fake_mnist(tmp_path, zipped)
+    bad = damage(content["train-images-idx3-ubyte"])
+    (tmp_path / ("train-images-idx3-ubyte" + ".gz" * zipped)).write_bytes(gzip.compress(bad) if zipped else bad)
+    with pytest.raises(train.InputError, match=message):
+        train.load_dataset("mnist", tmp_path)
+
+
+def test_damaged_gzip_and_wrong_labels(tmp_path):
+    content = fake_mnist(tmp_path, True)
+    path = tmp_path / "train-labels-idx1-ubyte.gz"
+    good = path.read_bytes()
+    for bad in (good[:-3], b"no gzip", good[:12] + b"\xff" * 5 + good[17:]):
+        path.write_bytes(bad)
+        with pytest.raises(train.InputError, match="delete it, and it is downloaded again"):
+            train.load_dataset("mnist", tmp_path)
+    labels = content["train-labels-idx1-ubyte"]
+    path.write_bytes(gzip.compress(labels[:-1] + b"\x0a"))
+    with pytest.raises(train.InputError, match=r"y_train has labels outside 0..9"):
+        train.load_dataset("mnist", tmp_path)
+
+
+def fake_cifar(folder, zipped, n=3, last_label=None):
+    rng, files = np.random.default_rng(0), {}
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        records = rng.integers(0, 256, (n, 3073)).astype(np.uint8)
+        records[:, 0] %= 10
+        files[name] = records.tobytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    if zipped:
+        with tarfile.open(folder / train.CIFAR_FILE, "w:gz") as tar:
+            for name, b in files.items():
+                info = tarfile.TarInfo("cifar-10-batches-bin/" + name)
+                info.size = len(b)
+                tar.addfile(info, io.BytesIO(b))
+    else:
+        (folder / "cifar-10-batches-bin").mkdir()
+        for name, b in files.items():
+            (folder / "cifar-10-batches-bin" / name).write_bytes(b)
+    return files
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_cifar_files(tmp_path, zipped):
+    files = fake_cifar(tmp_path, zipped)
+    data = train.load_dataset("cifar10", tmp_path)
+    assert data.x_train.shape == (15, 3, 32, 32) and data.x_test.shape == (3, 3, 32, 32)
+    record = np.frombuffer(files["data_batch_2.bin"], np.uint8)[:3073]       # image 3
+    assert data.y_train[3] == record[0] and torch.equal(data.x_train[3].flatten(), torch.tensor(record[1:]) / 255)
+
+
+def test_damaged_cifar(tmp_path):
+    fake_cifar(tmp_path / "a", False)
+    (tmp_path / "a/cifar-10-batches-bin/data_batch_3.bin").write_bytes(b"x" * 3000)
+    fake_cifar(tmp_path / "b", False)
+    (tmp_path / "b/cifar-10-batches-bin/test_batch.bin").unlink()
+    fake_cifar(tmp_path / "c", True)
+    archive = tmp_path / "c" / train.CIFAR_FILE
+    archive.write_bytes(archive.read_bytes()[:-2000])
+    for folder, message in (("a", "data_batch_3.bin missing or not made of"), ("b", "test_batch.bin is missing"),
+                            ("c", "cannot be read")):
+        with pytest.raises(train.InputError, match=message):
+            train.load_dataset("cifar10", tmp_path / folder)
+
+
+def test_digits():
+    data = train.load_dataset("digits")
+    assert data.x_train.shape == (1437, 1, 8, 8) and data.x_test.shape == (360, 1, 8, 8) and data.classes == 10
+    assert data.x_train.min() == 0 and data.x_train.max() == 1 and data.y_train[:10].tolist() == list(range(10))
+
+
+def npz(path, **change):
+    rng = np.random.default_rng(0)
+    arrays = dict(x_train=rng.integers(0, 256, (12, 6, 5, 3)).astype(np.uint8), y_train=np.arange(12) % 4,
+                  x_test=rng.integers(0, 256, (4, 6, 5, 3)).astype(np.uint8), y_test=np.arange(4)) | change
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    return arrays
+
+
+def test_npz(tmp_path):
+    path = tmp_path / "own.npz"
+    arrays = npz(path)
+    data = train.load_dataset(str(path))
+    assert data.x_train.shape == (12, 3, 6, 5) and data.classes == 4                  # NHWC
+    assert data.x_train[2, 1, 4, 3] == np.float32(arrays["x_train"][2, 4, 3, 1]) / np.float32(255)
+    npz(path, x_train=np.ones((12, 3, 6, 5)), x_test=np.zeros((4, 3, 6, 5)))
+    assert train.load_dataset(str(path)).x_train.shape == (12, 3, 6, 5)                # NCHW, float64
+    npz(path, x_train=np.ones((12, 6, 5)), x_test=np.zeros((4, 6, 5), np.float32))
+    assert train.load_dataset(str(path)).x_train.shape == (12, 1, 6, 5)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(x_test=None), "lacks the arrays x_test"), (dict(y_test=np.array([0, 1, 2, 4])), "y_test has labels outside 0..3: 0 to 4"),
+    (dict(y_train=np.arange(12) - 1), "labels outside"), (dict(y_train=np.arange(11)), "12 integer labels"),
+    (dict(y_train=np.arange(12.)), "integer labels"), (dict(x_train=np.full((12, 6, 5, 3), 1.5)), "outside"),
+    (dict(x_train=np.full((12, 6, 5, 3), np.nan)), "NaN"), (dict(x_train=np.zeros((12, 6, 5, 3), int)), "uint8 or float"),
+    (dict(x_train=np.zeros((12, 90))), "has to be uint8 or float images"), (dict(x_test=np.zeros((4, 5, 5, 3))), "test images"),
+    (dict(x_train=np.array([{}] * 12)), "not a readable")])
+def test_bad_npz(tmp_path, change, message):
+    path = tmp_path / "own.npz"
+    npz(path, **change)
+    with pytest.raises(train.InputError, match=message):
+        train.load_dataset(str(path))
+
+
+def test_files_that_are_no_npz(tmp_path):
+    good = tmp_path / "good.npz"
+    npz(good)
+    for i, content in enumerate((b"", b"hello", good.read_bytes()[:-40], good.read_bytes()[:200])):
+        bad = tmp_path / f"bad{i}.npz"
+        bad.write_bytes(content)
+        with pytest.raises(train.InputError, match="not a readable"):
+            train.load_dataset(str(bad))
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on this machine, for downloads: serves tmp_path/www."""
+    (tmp_path / "www").mkdir()
+    handler = lambda *a: http.server.SimpleHTTPRequestHandler(*a, directory=tmp_path / "www")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as s:
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield tmp_path / "www", f"http://127.0.0.1:{s.server_address[1]}/"
+        s.shutdown()
+
+
+def test_download_tries_mirrors_and_checks_what_came(tmp_path, server, monkeypatch):
+    folder, url = server
+    fake_mnist(folder, True)
+    (folder / "damaged").mkdir()
+    for path in folder.glob("*.gz"):
+        (folder / "damaged" / path.name).write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(train, "MNIST_MIRRORS", (url + "missing/", url + "damaged/", url))
+    sums = {n: hashlib.md5((folder / (n + ".gz")).read_bytes()).hexdigest() for n in train.MNIST_FILES}
+    monkeypatch.setattr(train, "MNIST_FILES", sums)
+    target = tmp_path / "data"
+    assert len(train.load_dataset("mnist", target).x_train) == 20
+    assert sorted(p.name for p in target.rglob("*") if p.is_file()) == sorted(n + ".gz" for n in sums)
+    monkeypatch.setattr(train, "MNIST_MIRRORS", (url + "damaged/", "http://127.0.0.1:1/"))
+    with pytest.raises(train.InputError) as error:
+        train.load_dataset("mnist", tmp_path / "other")
+    assert "wrong checksum" in str(error.value) and "Put the four files" in str(error.value)
+    assert not [p for p in (tmp_path / "other").rglob("*") if p.is_file()]             # nothing left behind
+
+
+# ----------------------------------------------------------------------------------- the command lines
+
+QUICK = "--epochs 1 --ramp 0 --subset 96 --test-subset 60 --batch-size 32".split()
+
+
+def command(main, *args):
+    """Exit status of a command line."""
+    try:
+        train.run(lambda: main([str(a) for a in args]))
+    except SystemExit as e:
+        return e.code
+    return 0
+
+
+@pytest.mark.parametrize("opt", ["grad", "rgs", "pgpe"])
+@pytest.mark.parametrize("relax", RELAXATIONS)
+def test_train_then_certify_finds_the_same_numbers(tmp_path, capsys, relax, opt):
+    run = tmp_path / "run"
+    extra = ["--samples", 8] if opt == "pgpe" else []
+    assert command(train.main, "--relax", relax, "--opt", opt, "--out", run, "--eps", 0.03, "--lr", 0.01, *QUICK, *extra) == 0
+    printed = capsys.readouterr().out
+    assert f"python certify.py {run}" in printed and set(p.name for p in run.iterdir()) == {
+        "config.json", "log.csv", "checkpoint.pt"}
+    lines = (run / "log.csv").read_text().splitlines()
+    assert lines[0].split(",") == list(train.LOG) and len(lines) == 2
+    assert json.loads((run / "config.json").read_text())["relax"] == relax
+    assert command(certify.main, run) == 0
+    again = capsys.readouterr().out
+    number = lambda text, start: next(l for l in text.splitlines() if l.strip().startswith(start)).split()[-1]
+    for ours, theirs in (("natural", "natural"), ("under attack", "not attacked"),
+                         ("certified by the best", "certified up to deeppoly")):
+        assert number(printed, ours) == number(again, theirs)
+    rows = [json.loads(l) for l in next(run.glob("certify-*.jsonl")).read_text().splitlines()][1:]
+    assert [r["index"] for r in rows] == list(range(60)) and {r["status"] for r in rows} <= set(certify.STATUSES)
+
+
+def test_training_lowers_the_loss_and_certifies(tmp_path):
+    run = tmp_path / "run"
+    assert command(train.main, "--out", run, "--epochs", 6, "--subset", 600, "--eps", 0.03, "--test-subset", 100) == 0
+    net, config = train.load_run(run)
+    data = train.load_dataset("digits")
+    low = train.certified_margin(net, data.x_test[:100], data.y_test[:100], 0.03, "deeppoly")
+    assert (low > 0).float().mean() > 0.4                              # of 10 classes
+
+
+@pytest.mark.parametrize("opt, extra", [("rgs", []), ("pgpe", ["--samples", "4", "--sigma-adapt", "parameter"])])
+def test_same_seed_same_weights(tmp_path, opt, extra):
+    states = []
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert command(train.main, "--opt", opt, "--out", tmp_path / out, "--seed", seed, *QUICK, *extra) == 0
+        states.append(train.load_run(tmp_path / out)[0].state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+def test_sigma_adapts_and_cnn7_and_own_data_train(tmp_path):
+    npz(tmp_path / "own.npz")
+    assert command(train.main, "--dataset", tmp_path / "own.npz", "--net", "cnn7", "--relax", "box", "--opt", "pgpe", "--samples",
+                   4, "--sigma-adapt", "scalar", "--epochs", 2, "--kappa", 0.5, "--l1", 1e-6, "--out", tmp_path / "run") == 0
+    rows = (tmp_path / "run/log.csv").read_text().splitlines()
+    assert float(rows[-1].split(",")[3]) != 0.03
+    net, _ = train.load_run(tmp_path / "run")
+    assert net[1].running_mean.abs().max() > 0                         # BatchNorm has seen data
+    assert command(certify.main, tmp_path / "run", "--restarts", 0, "--relax", "box") == 0
+
+
+def test_certify_any_network_and_verdicts_add_up():
+    net, x, y = make("windows", dtype=torch.float32, batch=30)
+    y[:5] = (y[:5] + 1) % 4
+    verdicts = certify.certify(net, x, y, 0.2, batch=7)
+    assert len(verdicts) == 30 and all(v.status in certify.STATUSES for v in verdicts)
+    assert all(v.status == "misclassified" for v in verdicts[:5])
+    assert len({v.status for v in verdicts}) >= 3
+    for v, a, b in zip(verdicts, x, y):
+        if v.status == "certified":
+            assert v.bound > 0 and v.stage in RELAXATIONS
+        if v.status == "attacked":
+            assert v.bound <= 0 and net(v.counterexample[None]).argmax() != b
+            assert (v.counterexample.double() - a.double()).abs().max() <= 0.2
+    lines = certify.summary(verdicts, RELAXATIONS)
+    assert "= 30 samples" in lines[-1]
+    assert sum(int(part.split()[0]) for part in lines[-1].split("=")[0].split("+")) == 30
+    with pytest.raises(ValueError):
+        certify.certify(net, x, y, -1)
+
+
+def test_a_certified_and_attacked_sample_aborts(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    assert command(train.main, "--out", run, "--eps", 0.5, "--eps-train", 0, *QUICK,
+                   "--epochs", 4, "--lr", 0.01) == 0
+    for module in (train, certify):                                    # plant an unsound bound
+        monkeypatch.setattr(module, "certified_margin", lambda net, x, y, *a, **k: torch.ones(len(x)))
+    assert command(certify.main, run) == 1
+    assert "a bound is unsound" in capsys.readouterr().err
+    net, _ = train.load_run(run)
+    data = train.load_dataset("digits")
+    with pytest.raises(AssertionError, match="both certified and attacked"):
+        train.evaluate(net, data.x_test[:60], data.y_test[:60], 0.5)
+
+
+def test_certify_continues_where_it_stopped(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert command(train.main, "--out", run, *QUICK) == 0
+    assert command(certify.main, run) == 0
+    path = next(run.glob("*.jsonl"))
+    strip = lambda: [{k: v for k, v in json.loads(l).items() if k != "seconds"} for l in path.read_text().splitlines()]
+    whole, text = strip(), path.read_bytes()
+    path.write_bytes(text[:len(text) // 2])                            # cut in the middle of a line
+    assert command(certify.main, run) == 0
+    assert "verdicts already in" in capsys.readouterr().out and strip() == whole
+    before = path.read_bytes()
+    assert command(certify.main, run, "--steps", 3) == 2               # other settings: not touched
+    assert path.read_bytes() == before and "holds other results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--dataset", "imagenet"], "--dataset: 'imagenet'"), (["--relax", "zonotope"], "--relax: invalid choice: 'zonotope'"),
+    (["--net", "vgg"], "--net: invalid choice"), (["--opt", "adam"], "--opt: invalid choice"),
+    (["--eps", "-0.1"], "--eps: '-0.1'"), (["--eps", "8"], "--eps: '8' has to be a number >= 0 and <= 1"),
+    (["--eps", "1/0"], "--eps"), (["--eps-train", "nan"], "--eps-train: 'nan'"), (["--lr", "0"], "--lr: '0'"),
+    (["--opt", "pgpe", "--sigma", "0"], "--sigma: '0' has to be a number > 0"), (["--opt", "pgpe", "--samples", "0"], "--samples: '0'"),
+    (["--opt", "pgpe", "--samples", "3"], "--samples: 3 is odd"), (["--samples", "5"], "--samples: 5 is odd"),
+    (["--sigma-adapt", "scalar"], "--sigma-adapt"), (["--batch-size", "x"], "--batch-size"), (["--epochs", "-1"], "--epochs"),
+    (["--device", "cuda"], "--device cuda"), (["--dataset", "no.npz"], "no.npz: no such file"), (["--unknown"], "--unknown")])
+def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command(train.main, *args) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_run_folders_and_checkpoints_that_do_not_fit(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/precious").write_text("x")
+    assert command(certify.main) == 2 and "no run found" in capsys.readouterr().err
+    assert command(train.main, "--out", "full", *QUICK) == 2 and "exists already" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["precious"]
+    assert command(train.main, "--epochs", 0, "--test-subset", 5) == 0 and command(train.main, "--epochs", 0, "--test-subset", 5) == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["digits-cnn3-deeppoly-rgs", "digits-cnn3-deeppoly-rgs-2"]
+    assert command(certify.main) == 0                                  # the newest
+    assert "digits-cnn3-deeppoly-rgs-2" in capsys.readouterr().out
+    path = tmp_path / "runs/digits-cnn3-deeppoly-rgs/checkpoint.pt"
+    good = path.read_bytes()
+    for bad in (b"", b"hello", good[:-100], good.replace(b"format", b"foreign")):
+        path.write_bytes(bad)
+        assert command(certify.main, path.parent) == 2
+        err = capsys.readouterr().err
+        assert "checkpoint" in err and err.count("\n") == 1
+    saved = torch.load(io.BytesIO(good), weights_only=True)
+    for change in (dict(format=99), dict(config=saved["config"] | {"net": "cnn5"}), dict(state={})):
+        torch.save(saved | change, path)
+        assert command(certify.main, path.parent) == 2 and capsys.readouterr().err.count("\n") == 1
+    assert command(certify.main, tmp_path / "nowhere") == 2 and "no such checkpoint" in capsys.readouterr().err
+
+
+def test_a_loss_that_explodes_stops_the_run(tmp_path, capsys):
+    code = command(train.main, "--relax", "box", "--opt", "grad", "--lr", "1e30", "--out", tmp_path / "run", *QUICK)
+    assert code == 1 and "try a smaller --lr" in capsys.readouterr().err
+    assert train.load_run(tmp_path / "run")                            # the checkpoint before it is whole
