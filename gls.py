@@ -39,10 +39,9 @@ import torch
 
 def gradient(loss, theta):
     """Plain gradient: (L(theta), grad L(theta), None)."""
-    point = theta.detach()[None].requires_grad_()                 # (1, D)
-    value = _losses(loss, point)
-    value.backward(torch.ones_like(value))
-    return value.detach()[0], point.grad[0], None
+    _check(theta)
+    values, grads = _gradients(loss, theta.detach()[None])         # (1,), (1, D)
+    return values[0], grads[0], None
 
 
 def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True):
@@ -59,11 +58,10 @@ def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True):
     theta: (D,).  sigma: a number or () tensor, shared, or (D,), per parameter; all positive. The
     sigma gradient has its shape (summed over the parameters that share it), or is None with
     adapt=False.  pairs: n >= 1, each costs two losses.  chunk: the most parameter vectors
-    evaluated at once (None: all 2n), which bounds the memory and does not change the result.
+    evaluated at once (None: all 2n; at least a pair), which bounds the memory and does not change
+    the result.
     """
-    _check(theta, sigma, pairs, "pairs")
-    sigma = torch.as_tensor(sigma, dtype=theta.dtype, device=theta.device)
-    theta = theta.detach()
+    theta, sigma = _check(theta, sigma, chunk, pairs=pairs)
     eps = _noise(pairs, theta, generator)                         # (n, D)
     values = theta.new_empty(pairs, 2)
     with torch.no_grad():
@@ -91,18 +89,15 @@ def rgs(loss, theta, sigma, samples, generator, antithetic=False, chunk=None):
     loss where L is continuous; what L's jumps contribute is missing (see the top of this file).
     antithetic: use eps and -eps; samples is then even. Other arguments as in pgpe.
     """
-    _check(theta, sigma, samples, "samples")
+    theta, sigma = _check(theta, sigma, chunk, samples=samples)
     if antithetic and samples % 2:
         raise ValueError(f"samples={samples} has to be even with antithetic=True")
-    theta = theta.detach()
     eps = _noise(samples // 2 if antithetic else samples, theta, generator)
     eps = torch.cat([eps, -eps]) if antithetic else eps           # (n, D)
     value, grad = 0.0, torch.zeros_like(theta)
     for i in _slices(samples, chunk or samples):
-        points = (theta + sigma * eps[i]).requires_grad_()
-        values = _losses(loss, points)
-        values.sum().backward()
-        value, grad = value + values.detach().sum(), grad + points.grad.sum(0)
+        values, grads = _gradients(loss, theta + sigma * eps[i])
+        value, grad = value + values.sum(), grad + grads.sum(0)
     return value / samples, grad / samples, None
 
 
@@ -112,7 +107,7 @@ def smoothed_loss(loss, theta, sigma, samples, generator, chunk=None):
     samples: an even number; antithetic pairs. The error is that of the mean of the pair means,
     infinite for a single pair.
     """
-    _check(theta, sigma, samples, "samples")
+    theta, sigma = _check(theta, sigma, chunk, samples=samples)
     if samples % 2:
         raise ValueError(f"samples={samples} has to be even: they are used in antithetic pairs")
     values = []
@@ -142,12 +137,26 @@ def _losses(loss, points):
     return values
 
 
-def _check(theta, sigma, count, name):
+def _gradients(loss, points):
+    """Losses (n,) and their gradients (n, D), zero where the loss does not depend on the points."""
+    points = points.requires_grad_()
+    with torch.enable_grad():
+        values = _losses(loss, points)
+        if not values.requires_grad:                              # a step function, say
+            return values, torch.zeros_like(points)
+        grads, = torch.autograd.grad(values.sum(), points, allow_unused=True, materialize_grads=True)
+    return values.detach(), grads
+
+
+def _check(theta, sigma=1.0, chunk=None, **counts):
+    """theta and sigma as tensors of one dtype, apart from any graph; ValueError if one is nonsense."""
     if theta.dim() != 1:
         raise ValueError(f"theta has to be one vector (D,), not {tuple(theta.shape)}")
-    if isinstance(count, bool) or int(count) != count or count < 1:
-        raise ValueError(f"{name}={count} has to be a whole number, at least 1")
-    sigma = torch.as_tensor(sigma)
+    for name, n in {**counts, "chunk": chunk or 1}.items():
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"{name}={n} has to be a whole number, at least 1")
+    sigma = torch.as_tensor(sigma, dtype=theta.dtype, device=theta.device).detach()
     if sigma.shape not in ((), theta.shape) or not ((sigma > 0) & sigma.isfinite()).all():
         raise ValueError(f"sigma has to be positive and finite, a number or a tensor like theta; "
                          f"got {sigma.tolist() if sigma.dim() == 0 else tuple(sigma.shape)}")
+    return theta.detach(), sigma

@@ -9,7 +9,7 @@ positive lower bound, no perturbation of radius eps changes the prediction: the 
 Three relaxations, one engine. They differ only in two choices:
 
     relax        bounds before each ReLU             bound of the margins
-    "box"        interval arithmetic                 interval arithmetic        (last layer elided)
+    "box"        interval arithmetic                 interval arithmetic        (after the last ReLU: exact)
     "crown-ibp"  interval arithmetic                 back-substitution
     "deeppoly"   back-substitution, layer by layer   back-substitution
 
@@ -75,6 +75,12 @@ class Affine(NamedTuple):
             and self.padding == (0, 0) and self.groups == self.weight.shape[1] == self.in_shape[0]
 
 
+def _is(layer, kind):
+    """Is it a layer of that kind, and computes what the kind computes?"""
+    return isinstance(layer, kind) and type(layer).forward is kind.forward \
+        and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 def read_network(net, in_shape, params=None):
     """The network as stages: lists of Affine layers, with one ReLU between consecutive stages; and
     the shapes at their ends, without the batch: of each ReLU's input and of the logits.
@@ -83,31 +89,37 @@ def read_network(net, in_shape, params=None):
     t = beta - s mean: folded into the convolution before it, else a 1x1 depthwise convolution.
     Raises ValueError, naming the layer, for what cannot be bounded.
     """
-    if not isinstance(net, nn.Sequential):
-        raise ValueError(f"net is a {type(net).__name__}; it has to be a torch.nn.Sequential")
-    params, sizes = params or {}, {len(t) for t in (params or {}).values()}
-    known = {name for name, _ in net.named_parameters()} | {name for name, _ in net.named_buffers()}
-    if set(params) - known or len(sizes) > 1:
-        raise ValueError("params has to map names of net.state_dict() to tensors with one leading P; "
-                         f"got the sizes {sorted(sizes)}, unknown {sorted(set(params) - known)}")
-    P = sizes.pop() if sizes else 1
+    if not _is(net, nn.Sequential):
+        raise ValueError(f"net is a {type(net).__name__}; it has to be a plain torch.nn.Sequential")
+    params = params or {}
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    unknown = sorted(set(params) - {f"{i}.{name}" for i in range(len(net)) for name in names})
+    sizes = {t.shape[:1] for t in params.values()}
+    if unknown or len(sizes) > 1 or (0,) in sizes or () in sizes:
+        raise ValueError("params has to map names such as '0.weight' to tensors with one leading P >= 1; "
+                         f"got the sizes {sorted(map(tuple, sizes))}, unknown {unknown}")
+    P = _population(params)
 
     def get(i, name):  # a tensor of layer i, with its leading P
-        own = getattr(net[i], name)
-        t = params.get(f"{i}.{name}")
-        return (own[None].expand(P, *own.shape) if t is None else t) if own is not None else None
+        own, t = getattr(net[i], name), params.get(f"{i}.{name}")
+        if params and any(net[i] is net[j] for j in range(i)):
+            raise ValueError(f"layers {i} and an earlier one are the same module; params cannot tell them apart")
+        if t is not None and (own is None or t.shape[1:] != own.shape):
+            raise ValueError(f"params['{i}.{name}'] is {tuple(t.shape)}, but the layer's is "
+                             f"{None if own is None else tuple(own.shape)}")
+        return own if own is None else own[None].expand(P, *own.shape) if t is None else t
 
     stages, shapes, shape = [[]], [], tuple(in_shape)
     for i, layer in enumerate(net):
         where = f"layer {i} ({type(layer).__name__})"
-        if isinstance(layer, nn.ReLU):
+        if _is(layer, nn.ReLU):
             stages.append([])
             shapes.append(shape)
-        elif isinstance(layer, nn.Flatten):
+        elif _is(layer, nn.Flatten):
             if (layer.start_dim, layer.end_dim) != (1, -1):
                 raise ValueError(f"{where}: only Flatten(start_dim=1, end_dim=-1) is supported")
             shape = (torch.Size(shape).numel(),)
-        elif isinstance(layer, nn.Linear):
+        elif _is(layer, nn.Linear):
             if shape != (layer.in_features,):
                 raise ValueError(f"{where} takes {layer.in_features} features, but gets the shape "
                                  f"{shape}" + "; is nn.Flatten() missing?" * (len(shape) == 3))
@@ -115,10 +127,10 @@ def read_network(net, in_shape, params=None):
             bias = get(i, "weight").new_zeros(P, layer.out_features) if bias is None else bias
             stages[-1].append(Affine(get(i, "weight"), bias, shape, (layer.out_features,)))
             shape = stages[-1][-1].out_shape
-        elif isinstance(layer, nn.Conv2d):
+        elif _is(layer, nn.Conv2d):
             stages[-1].append(_read_conv(layer, where, get(i, "weight"), get(i, "bias"), shape))
             shape = stages[-1][-1].out_shape
-        elif isinstance(layer, nn.BatchNorm2d):
+        elif _is(layer, nn.BatchNorm2d):
             if layer.training or layer.running_mean is None:
                 raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "
                                  "track_running_stats=True), so that it is a fixed affine map")
@@ -137,7 +149,8 @@ def read_network(net, in_shape, params=None):
                                          (1, 1), (0, 0), (1, 1), groups=shape[0]))
         else:
             raise ValueError(f"{where} is not supported; supported are Conv2d, Linear, ReLU, "
-                             "Flatten and BatchNorm2d in eval mode, in a flat nn.Sequential")
+                             "Flatten and BatchNorm2d in eval mode, in a flat nn.Sequential, without "
+                             "hooks and with their own forward")
     if len(shape) != 1 or not any(stages):
         raise ValueError(f"the network ends in the shape {shape}, not in logits; "
                          "is nn.Flatten() or a layer missing?")
@@ -221,7 +234,7 @@ def one(l, u):
 
 def parallel(l, u):
     """The slope of the upper line, u / (u - l) (Fast-Lin; the zonotope of DeepZ)."""
-    return u / (u - l).clamp(min=1e-30)
+    return u / (u - l)
 
 
 class Relu(NamedTuple):
@@ -233,10 +246,14 @@ class Relu(NamedTuple):
 
 def relax_relu(l, u, slope=adaptive):
     """The two lines for every neuron with pre-activation in [l, u]; slope(l, u) in [0, 1]."""
-    up, down = F.relu(u), F.relu(-l)
-    upper = up / (up + down).clamp(min=1e-30)      # 1 if l >= 0, 0 if u <= 0; no 0/0 if l = u = 0
-    lower = torch.where((l < 0) & (u > 0), slope(l, u), upper)
-    return Relu(lower, upper, upper * down)
+    unstable = (l < 0) & (u > 0)
+    # Stable neurons get stand-ins for l and u, so that no 0/0 reaches the gradient. Adding 0 * t is
+    # 0, unless t overflowed: then NaN reaches the margins, and nothing is certified.
+    low, high = torch.where(unstable, l, -1.0), torch.where(unstable, u, 1.0)
+    width, stable = high - low, (l >= 0) + 0 * (l + u)
+    upper = torch.where(unstable, high / width + 0 * width, stable)
+    lower = torch.where(unstable, slope(low, high), stable)
+    return Relu(lower, upper, torch.where(unstable, -upper * low, 0.0))
 
 
 # ------------------------------------------------------------------------- windows of coefficients
@@ -273,20 +290,17 @@ def _below(window, op):
                   tuple(Q * t + q for Q, t, q in zip(window.padding, s, p)))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _seen(window, positions, shape, device):
     """Which neurons of a (C, H, W) map each position sees: indices (G, F), N = C*H*W for padding."""
     C, H, W = shape
-    lines, inside = [], []
-    for axis in (0, 1):
-        start = torch.arange(positions[axis], device=device) * window.stride[axis]
-        line = start[:, None] - window.padding[axis] + torch.arange(window.kernel[axis], device=device)
-        lines.append(line)                                                    # (Ho, kh), (Wo, kw)
-        inside.append((line >= 0) & (line < shape[1 + axis]))
-    index = lines[0][:, None, None, :, None] * W + lines[1][None, :, None, None, :]
-    index = index + torch.arange(C, device=device)[:, None, None] * (H * W)   # (Ho, Wo, C, kh, kw)
-    outside = ~(inside[0][:, None, None, :, None] & inside[1][None, :, None, None, :])
-    return index.masked_fill(outside, C * H * W).flatten(2).flatten(0, 1)     # (G, F)
+    with torch.inference_mode(False):      # the result is kept, and has to serve in training too
+        ys, xs = (torch.arange(n, device=device)[:, None] * s - p + torch.arange(k, device=device)
+                  for n, s, p, k in zip(positions, window.stride, window.padding, window.kernel))
+        ys, xs = ys[:, None, None, :, None], xs[None, :, None, None, :]    # (Ho, 1, 1, kh, 1), ...
+        inside = (ys >= 0) & (ys < H) & (xs >= 0) & (xs < W)
+        index = torch.arange(C, device=device)[:, None, None] * (H * W) + ys * W + xs
+        return index.masked_fill(~inside, C * H * W).flatten(2).flatten(0, 1)
 
 
 class Rows(NamedTuple):
@@ -411,7 +425,8 @@ def _lower_bounds(A, d, window, shape, rows, stages, bottom, relus, box):
         for n, op in enumerate(reversed(stages[s])):
             if window is not None and window.padding != (0, 0) and (n > 0 or s == top):
                 # No ReLU has been between this layer and the last, so A is not yet 0 on padding.
-                inside = A.new_ones(()).expand(1, box[0].shape[1], torch.Size(shape).numel())
+                inside = A.new_ones(()).expand(1, box[0].shape[1] if rows.picked else 1,
+                                               torch.Size(shape).numel())
                 A = A * _take(inside, window, shape, rows)
             A, d, window = _through_affine(A, d, window, op, rows)
             shape = op.in_shape
@@ -519,15 +534,20 @@ def _prepare(net, x, eps, relax, params):
     if relax not in RELAXATIONS:
         raise ValueError(f"relax={relax!r} is not one of {', '.join(RELAXATIONS)}")
     stages, shapes = read_network(net, x.shape[1:], params)
-    dtypes = {x.dtype} | {op.weight.dtype for stage in stages for op in stage}
-    if len(dtypes) > 1 or not x.is_floating_point():
-        raise ValueError(f"x and the parameters must share one float dtype, got {sorted(map(str, dtypes))}")
-    if not ((x >= 0) & (x <= 1)).all():
-        raise ValueError("x has values outside [0, 1] (or NaN): pass pixels; normalisation is a "
-                         "layer of the network")
+    dtypes = {x.dtype} | {t.dtype for stage in stages for op in stage for t in (op.weight, op.bias)}
+    if len(dtypes) > 1 or x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x and the parameters have to be all float32 or all float64, got "
+                         f"{sorted(map(str, dtypes))}")
+    if torch.is_autocast_enabled(x.device.type):
+        raise ValueError("bounds need full precision; leave torch.autocast before computing them")
+    if not len(x) or not ((x >= 0) & (x <= 1)).all():
+        raise ValueError("x is empty, or has values outside [0, 1] or NaN: pass pixels; normalisation "
+                         "is a layer of the network")
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
-    if not ((eps >= 0) & eps.isfinite()).all():
-        raise ValueError(f"eps={eps.tolist()} must be a radius in pixels, 0 <= eps < infinity")
+    if eps.dim() > x.dim() or any(n not in (1, m) for n, m in zip(eps.shape[::-1], x.shape[::-1])) \
+            or not ((eps >= 0) & eps.isfinite()).all():
+        raise ValueError(f"eps={eps.tolist()} has to be a radius in pixels, 0 <= eps < infinity: a number, "
+                         "or a tensor that broadcasts with x")
     box = [(x - eps).clamp(min=0), (x + eps).clamp(max=1)]
     box = [t.flatten(1)[None] for t in box]                                    # (1, B, N)
     while stages[0] and stages[0][0].is_elementwise:
@@ -578,7 +598,7 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     every x' in the ball; entry y is 0. If all others are positive, x is certified at radius eps.
     Differentiable with respect to the parameters (and x).
 
-    The rows logit[y] - logit[k] are multiplied into the last layer before anything is bounded
+    The rows logit[y] - logit[k] are multiplied into what follows the last ReLU before it is bounded
     ("elision", Gowal et al. 2018). Two logits that rise together then cancel: if logit 0 is
     h + 1 and logit 1 is h, with h in [0, 5], the margin is exactly 1, while bounding the
     logits apart gives 1 - 5 = -4.
@@ -600,16 +620,20 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
     """
     stages, shapes, box = _prepare(net, x, eps, relax, params)
-    if y.shape != x.shape[:1] or y.is_floating_point():
+    y = torch.as_tensor(y, device=x.device)
+    if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
         raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)}")
     K, = shapes[-1]
     if not ((y >= 0) & (y < K)).all():
         raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
+    y = y.long()
     if intermediate is None:
         bounds = _intermediate(stages, box, relax, slope, skip_stable, chunk)
     else:
-        P = 1 if params is None else _population(params)
-        bounds = [[t.reshape(P, len(x), -1) for t in pair] for pair in intermediate]
+        want = [(*(() if params is None else (_population(params),)), len(x), *s) for s in shapes[:-1]]
+        if [tuple(t.shape) for pair in intermediate for t in pair] != [s for s in want for _ in "lu"]:
+            raise ValueError(f"intermediate has to hold a pair (l, u) of each of the shapes {want}")
+        bounds = [[t.reshape(_population(params), len(x), -1) for t in pair] for pair in intermediate]
     # "box" stops at the last ReLU, whose outputs lie in a box; the others go down to the input.
     bottom = len(stages) - 1 if relax == "box" else 0
     inputs = [F.relu(t) for t in bounds[-1]] if bottom else box

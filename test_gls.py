@@ -9,6 +9,7 @@ import http.server
 import io
 import json
 import math
+import re
 import tarfile
 import threading
 from copy import deepcopy
@@ -402,6 +403,53 @@ def test_skip_stable_only_replaces_bounds_of_unstable_neurons():
     torch.testing.assert_close(margin_lower_bounds(net, x, y, 0, skip_stable=True), true_margins(net, x, y))
 
 
+def test_what_changes_the_function_behind_our_back_is_refused():
+    class Twice(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+    net, x, y = make("mlp")
+    hooked, subclass, tied = deepcopy(net), deepcopy(net), deepcopy(net)
+    hooked[1].register_forward_hook(lambda module, inputs, output: -output)
+    subclass[0] = Twice(6, 7)
+    tied[2], tied[4] = nn.Linear(7, 7), nn.Linear(7, 7)
+    tied[4] = tied[2]
+    tied.double()
+    margin_lower_bounds(tied, x, y, 0.1)
+    normed = deepcopy(net)
+    torch.nn.utils.parametrizations.weight_norm(normed[2])
+    torch.testing.assert_close(margin_lower_bounds(normed, x, y, 0.1), margin_lower_bounds(net, x, y, 0.1))
+    stack = lambda n: {k: torch.stack([p, p]) for k, p in n.named_parameters()}
+    for n, params, message in ((hooked, None, "without hooks"), (subclass, None, "layer 0 (Twice)"),
+                               (tied, stack(tied), "the same module"), (normed, stack(normed), "unknown")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            margin_lower_bounds(n, x, y, 0.1, params=params)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="full precision"):
+        margin_lower_bounds(net, x, y, 0.1)
+
+
+def test_weights_of_any_scale_give_no_false_certificate():
+    """relu(s z) / s, for scales s where sums under- or overflow: the margin is -0.49 at a corner."""
+    for dtype, scales in ((torch.float64, (1e-33, 1e-300, 1e160, 1.7e308)), (torch.float32, (1e-33, 1e-37, 2e38))):
+        for s in scales:
+            net = nn.Sequential(nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 2)).to(dtype)
+            for p, v in zip(net.parameters(), ([[.99 * s, -.99 * s]], [0.], [[0.], [1 / s]], [.5, 0.])):
+                p.data = torch.tensor(v, dtype=dtype)
+            for relax in RELAXATIONS:
+                low = margin_lower_bounds(net, torch.full((1, 2), .5, dtype=dtype), torch.tensor([0]), .5, relax)
+                assert not low[0, 1] > -0.48
+
+
+def test_labels_of_any_integer_type_and_inference_mode():
+    net, x, y = make("windows")
+    expected = margin_lower_bounds(net, x, y, 0.1)
+    for labels in (y.to(torch.uint8), y.to(torch.int16), y.tolist()):
+        assert torch.equal(margin_lower_bounds(net, x, labels, 0.1), expected)
+    relaxations._seen.cache_clear()
+    with torch.inference_mode():
+        margin_lower_bounds(net, x, y, 0.1)
+    margin_lower_bounds(net, x, y, 0.1).sum().backward()               # what was cached serves here too
+
+
 def test_a_network_with_nan_weights_is_never_certified():
     for name in NETS:
         for layer in range(2, 9):
@@ -434,10 +482,14 @@ def test_networks_that_cannot_be_bounded(layers, message):
     (dict(relax="zonotope"), "relax='zonotope' is not one of box, crown-ibp, deeppoly"),
     (dict(eps=-0.1), "eps=-0.1"), (dict(eps=math.nan), "eps=nan"),
     (dict(x=torch.full((1, 6), 1.2)), "outside [0, 1]"), (dict(x=torch.full((1, 6), math.nan)), "outside [0, 1]"),
-    (dict(x=torch.zeros(1, 6).double()), "share one float dtype"),
+    (dict(x=torch.zeros(1, 6).double()), "all float32 or all float64"), (dict(x=torch.zeros(1, 6).half()), "all float32"),
+    (dict(x=torch.zeros(0, 6), y=torch.zeros(0).long()), "x is empty"), (dict(eps=torch.zeros(5, 1)), "broadcasts with x"),
+    (dict(y=torch.tensor([True])), "integer labels"), (dict(intermediate=[]), "intermediate has to hold a pair"),
+    (dict(params={"0.weight": torch.zeros(2, 6, 7)}), "but the layer's is (7, 6)"),
+    (dict(params={"0.weight": torch.zeros(0, 7, 6)}), "one leading P >= 1"),
     (dict(y=torch.tensor([4])), "labels outside 0..3"), (dict(y=torch.tensor([0, 1])), "1 integer labels"),
     (dict(params={"0.weights": torch.zeros(2, 7, 6)}), "unknown ['0.weights']"),
-    (dict(net=nn.Linear(6, 4)), "has to be a torch.nn.Sequential"),
+    (dict(net=nn.Linear(6, 4)), "has to be a plain torch.nn.Sequential"),
 ])
 def test_arguments_that_make_no_sense(change, message):
     args = dict(net=make("mlp", dtype=torch.float32)[0], x=torch.zeros(1, 6), y=torch.tensor([0]), eps=0.1) | change
@@ -492,7 +544,7 @@ def test_pgpe_variance_is_that_of_antithetic_pairs():
 
 def test_rgs_is_the_mean_gradient_and_blind_to_jumps():
     theta, g = torch.tensor([0.2, -0.3, 0.5], dtype=torch.float64), torch.Generator().manual_seed(0)
-    quadratic, step = SMOOTHED["quadratic"][0], lambda t: SMOOTHED["step"][0](t) + 0 * t.sum(1)
+    quadratic, step = SMOOTHED["quadratic"][0], SMOOTHED["step"][0]
     mean, error = mean_and_error([gls.rgs(quadratic, theta, 0.3, 3, g)[1] for _ in range(2000)])
     assert ((mean - theta).abs() <= error).all()
     torch.testing.assert_close(gls.rgs(quadratic, theta, 0.3, 4, g, antithetic=True)[1], theta)
@@ -525,8 +577,22 @@ def test_estimators_leave_theta_alone_and_do_not_depend_on_chunks(estimator):
             assert a is b is None or torch.allclose(a, b, rtol=1e-12)
 
 
+def test_estimators_touch_nobody_elses_gradient():
+    other = torch.ones(5, requires_grad=True)
+    loss = lambda t: (t * other).sum(1)
+    gls.rgs(loss, torch.zeros(5), 0.1, 2, torch.Generator())
+    with torch.no_grad():
+        assert torch.equal(gls.gradient(loss, torch.zeros(5))[1], torch.ones(5))
+    assert other.grad is None
+    sigma = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    for estimator in (gls.pgpe, gls.rgs):
+        result = estimator(loss, torch.zeros(5), sigma, 2, torch.Generator())
+        assert all(t is None or t.dtype == torch.float32 and not t.requires_grad for t in result)
+
+
 @pytest.mark.parametrize("call, message", [
-    (lambda f, t, g: gls.pgpe(f, t, 0.1, 0, g), "pairs=0"), (lambda f, t, g: gls.rgs(f, t, 0.1, 0, g), "samples=0"),
+    (lambda f, t, g: gls.rgs(f, t, 0.1, 2, g, chunk=-1), "chunk=-1"), (lambda f, t, g: gls.pgpe(f, t, 0.1, 2.5, g), "pairs=2.5"),
+    (lambda f, t, g: gls.gradient(f, t[None]), "one vector"), (lambda f, t, g: gls.pgpe(f, t, 0.1, 0, g), "pairs=0"), (lambda f, t, g: gls.rgs(f, t, 0.1, 0, g), "samples=0"),
     (lambda f, t, g: gls.pgpe(f, t, 0.0, 2, g), "sigma"), (lambda f, t, g: gls.rgs(f, t, -1.0, 2, g), "sigma"),
     (lambda f, t, g: gls.rgs(f, t, 0.1, 3, g, antithetic=True), "samples=3 has to be even"),
     (lambda f, t, g: gls.pgpe(lambda t: t.sum(), t, 0.1, 2, g), "has to map (P, D) to (P,)"),

@@ -435,7 +435,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", kappa=0.0, l1=0.0, regularize=
 
 # -------------------------------------------------------------------------------------- evaluation
 
-CLOSE = 1e-4     # margins nearer to zero than this are decided in float64
+CLOSE = 1e-4     # margins nearer to zero, relative to the largest if that exceeds 1, need float64
 
 
 def in_float64(net, *tensors):
@@ -461,9 +461,12 @@ def forward_margin(net, x, y):
 @torch.no_grad()
 def certified_margin(net, x, y, eps, relax, batch=100, **options):
     """A sound lower bound of forward_margin over the ball, (B,); close to zero, from float64."""
-    bound = torch.cat([smallest(margin_lower_bounds(net, a, b, eps, relax, **options), b)
-                       for a, b in zip(x.split(batch), y.split(batch))] or [x.new_zeros(0)])
-    close = bound.abs() < CLOSE
+    if not len(x):
+        return x.new_zeros(0)
+    low = torch.cat([margin_lower_bounds(net, a, b, eps, relax, **options)
+                     for a, b in zip(x.split(batch), y.split(batch))])
+    bound, scale = smallest(low, y), low.abs().amax(-1).clamp(min=1)
+    close = bound.abs() < CLOSE * scale
     if close.any() and x.dtype != torch.float64:
         again = certified_margin(*in_float64(net, x[close], y[close]), eps, relax, batch, **options)
         bound[close] = again.to(bound)
