@@ -5,8 +5,8 @@
 L may jump, have kinks or be flat: L_sigma is infinitely differentiable. Its gradient is estimated
 from samples, in one of two ways, both here; `gradient` is the unsmoothed reference.
 
-    PGPE  values only:     mean of  (L(theta + d) - L(theta - d)) / 2 * eps / sigma,   d = sigma * eps
-    RGS   gradients:       mean of  grad L(theta + d)
+    PGPE  values only:   mean of  (L(theta + d) - L(theta - d)) / 2 * eps / sigma,  d = sigma eps
+    RGS   gradients:     mean of  grad L(theta + d)
 
 They differ where it matters. PGPE is an unbiased estimate of grad L_sigma for every bounded L,
 whether or not L has a gradient. RGS estimates E[grad L(theta + d)], which is grad L_sigma only if
@@ -27,7 +27,7 @@ PGPE in ten lines:
 
     theta, sigma = torch.zeros(5), 0.1
     generator = torch.Generator().manual_seed(0)
-    loss = lambda thetas: (thetas - 1).abs().mul(10).ceil().sum(1)  # a staircase: no gradient anywhere
+    loss = lambda thetas: (thetas - 1).abs().mul(10).ceil().sum(1)      # a staircase: no gradient
     optimizer = torch.optim.Adam([theta], lr=0.05)
     for step in range(200):
         value, theta.grad, _ = gls.pgpe(loss, theta, sigma, pairs=32, generator=generator)
@@ -122,7 +122,8 @@ def smoothed_loss(loss, theta, sigma, samples, generator, chunk=None):
 
 
 def _noise(rows, theta, generator):
-    return torch.randn(rows, len(theta), generator=generator, dtype=theta.dtype, device=theta.device)
+    return torch.randn(rows, len(theta), generator=generator, dtype=theta.dtype,
+                       device=theta.device)
 
 
 def _slices(total, size):
@@ -144,12 +145,13 @@ def _gradients(loss, points):
         values = _losses(loss, points)
         if not values.requires_grad:                              # a step function, say
             return values, torch.zeros_like(points)
-        grads, = torch.autograd.grad(values.sum(), points, allow_unused=True, materialize_grads=True)
+        grads, = torch.autograd.grad(values.sum(), points, allow_unused=True,
+                                     materialize_grads=True)
     return values.detach(), grads
 
 
 def _check(theta, sigma=1.0, chunk=None, **counts):
-    """theta and sigma as tensors of one dtype, apart from any graph; ValueError if one is nonsense."""
+    """theta and sigma as tensors of one dtype, apart from any graph; ValueError for nonsense."""
     if theta.dim() != 1:
         raise ValueError(f"theta has to be one vector (D,), not {tuple(theta.shape)}")
     for name, n in {**counts, "chunk": chunk or 1}.items():

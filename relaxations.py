@@ -9,14 +9,15 @@ positive lower bound, no perturbation of radius eps changes the prediction: the 
 Three relaxations, one engine. They differ only in two choices:
 
     relax        bounds before each ReLU             bound of the margins
-    "box"        interval arithmetic                 interval arithmetic        (after the last ReLU: exact)
+    "box"        interval arithmetic                 interval arithmetic, last layer exact
     "crown-ibp"  interval arithmetic                 back-substitution
     "deeppoly"   back-substitution, layer by layer   back-substitution
 
     box        Gowal et al. 2018, "On the effectiveness of interval bound propagation" (IBP)
     crown-ibp  Zhang et al. 2020, "Towards stable and efficient training of verifiably robust NNs"
     deeppoly   Singh et al. 2019, "An abstract domain for certifying neural networks"; the same
-               bound as CROWN, Zhang et al. 2018, "Efficient neural network robustness certification"
+               bound as CROWN, Zhang et al. 2018, "Efficient neural network robustness
+               certification with general activation functions"
 
 Back-substitution in four lines. To bound a row a.z + d from below, where z = W h + b and
 h = relu(z'): (1) replace z by W h + b, which is exact; (2) replace each h_j by a line in z'_j that
@@ -70,7 +71,7 @@ class Affine(NamedTuple):
         return self.stride is not None
 
     @property
-    def is_elementwise(self):  # a 1x1 depthwise convolution, as normalisation is: maps boxes to boxes
+    def is_elementwise(self):  # a 1x1 depthwise convolution, such as normalisation
         return self.is_conv and self.weight.shape[2:] == (1, 1, 1) and self.stride == (1, 1) \
             and self.padding == (0, 0) and self.groups == self.weight.shape[1] == self.in_shape[0]
 
@@ -96,14 +97,15 @@ def read_network(net, in_shape, params=None):
     unknown = sorted(set(params) - {f"{i}.{name}" for i in range(len(net)) for name in names})
     sizes = {t.shape[:1] for t in params.values()}
     if unknown or len(sizes) > 1 or (0,) in sizes or () in sizes:
-        raise ValueError("params has to map names such as '0.weight' to tensors with one leading P >= 1; "
-                         f"got the sizes {sorted(map(tuple, sizes))}, unknown {unknown}")
+        raise ValueError("params has to map names such as '0.weight' to tensors with one leading P "
+                         f">= 1; got the sizes {sorted(map(tuple, sizes))}, unknown {unknown}")
     P = _population(params)
 
     def get(i, name):  # a tensor of layer i, with its leading P
         own, t = getattr(net[i], name), params.get(f"{i}.{name}")
         if params and any(net[i] is net[j] for j in range(i)):
-            raise ValueError(f"layers {i} and an earlier one are the same module; params cannot tell them apart")
+            raise ValueError(f"layer {i} and an earlier one are the same module; params cannot "
+                             "tell them apart")
         if t is not None and (own is None or t.shape[1:] != own.shape):
             raise ValueError(f"params['{i}.{name}'] is {tuple(t.shape)}, but the layer's is "
                              f"{None if own is None else tuple(own.shape)}")
@@ -149,8 +151,8 @@ def read_network(net, in_shape, params=None):
                                          (1, 1), (0, 0), (1, 1), groups=shape[0]))
         else:
             raise ValueError(f"{where} is not supported; supported are Conv2d, Linear, ReLU, "
-                             "Flatten and BatchNorm2d in eval mode, in a flat nn.Sequential, without "
-                             "hooks and with their own forward")
+                             "Flatten and BatchNorm2d in eval mode, in a flat nn.Sequential, "
+                             "without hooks and with their own forward")
     if len(shape) != 1 or not any(stages):
         raise ValueError(f"the network ends in the shape {shape}, not in logits; "
                          "is nn.Flatten() or a layer missing?")
@@ -292,7 +294,7 @@ def _below(window, op):
 
 @lru_cache(maxsize=64)
 def _seen(window, positions, shape, device):
-    """Which neurons of a (C, H, W) map each position sees: indices (G, F), N = C*H*W for padding."""
+    """Which neurons of a (C, H, W) map each position sees: indices (G, F), or N for padding."""
     C, H, W = shape
     with torch.inference_mode(False):      # the result is kept, and has to serve in training too
         ys, xs = (torch.arange(n, device=device)[:, None] * s - p + torch.arange(k, device=device)
@@ -315,7 +317,7 @@ class Rows(NamedTuple):
 
 
 def _take(t, window, shape, rows):
-    """What each row sees of a map t (P or 1, B, N): (P, B, G, 1, F), or (P, U, 1, 1, F) if picked."""
+    """What each row sees of a map t (P or 1, B, N): (P, B, G, 1, F); if picked, (P, U, 1, 1, F)."""
     G = 1
     if window is None:
         t = t[:, :, None]                                                      # (P, B, 1, N)
@@ -326,16 +328,17 @@ def _take(t, window, shape, rows):
     if rows.picked:
         P, U = rows.sample.shape
         cell = rows.sample * G + (rows.position if window is not None else 0)
-        t = t.expand(P, *t.shape[1:]).flatten(0, 2).index_select(0, cell.flatten()).view(P, U, 1, -1)
+        t = t.expand(P, *t.shape[1:]).flatten(0, 2)                            # (P*B*G, F)
+        t = t.index_select(0, cell.flatten()).view(P, U, 1, -1)
     return t[..., None, :]
 
 
 def _whole_map(A, window, shape, rows):
-    """Rows over windows -> the same rows over the whole map: (P, B, G, R, F) -> (P, B, 1, G*R, N)."""
+    """Rows over windows -> the same rows over the map: (P, B, G, R, F) -> (P, B, 1, G*R, N)."""
     index = _seen(window, rows.positions, shape, A.device)                     # (G, F)
     index = index[rows.position][:, :, None, None] if rows.picked else index[None, None, :, None]
     A = A.expand(torch.broadcast_shapes(A.shape, index.shape))
-    zeros = A.new_zeros(*A.shape[:-1], torch.Size(shape).numel() + 1)          # the last for padding
+    zeros = A.new_zeros(*A.shape[:-1], torch.Size(shape).numel() + 1)        # last: padding
     return zeros.scatter(-1, index.expand(A.shape), A)[..., :-1].flatten(2, 3).unsqueeze(2)
 
 
@@ -488,12 +491,13 @@ def _back_substituted(s, stages, relus, box, chunk):
 
     starts = range(0, O, channels)
     low = _in_chunks(bound, [(b, o) for b in range(0, B, samples) for o in starts])
-    low = torch.cat([torch.cat(low[i:i + len(starts)], 2) for i in range(0, len(low), len(starts))], 1)
+    n = len(starts)
+    low = torch.cat([torch.cat(low[i:i + n], 2) for i in range(0, len(low), n)], 1)
     return low[:, :, :, 0].flatten(2), -low[:, :, :, 1].flatten(2)
 
 
 def _tightened(l, u, s, stages, relus, box, chunk):
-    """(l, u), tightened by back-substitution of the neurons that it leaves unstable, and only those."""
+    """(l, u), tightened by back-substitution of the neurons that it leaves unstable, only those."""
     op, below = stages[s][-1], [*stages[:s], stages[s][:-1]]
     unstable = (l < 0) & (u > 0)
     member, sample, neuron = where = unstable.nonzero(as_tuple=True)
@@ -508,7 +512,8 @@ def _tightened(l, u, s, stages, relus, box, chunk):
     # The t-th pick of each member, as one table (P, U); short lists are filled up with neuron 0.
     counts = member.bincount(minlength=P)
     slot = torch.arange(len(member), device=l.device) - (counts.cumsum(0) - counts)[member]
-    picks = member.new_zeros(P, int(counts.max())).index_put((member, slot), sample * G * O + neuron)
+    picks = member.new_zeros(P, int(counts.max()))
+    picks[member, slot] = sample * G * O + neuron
     U = max(1, chunk // (2 * P * _widest(window, op.in_shape, sum(below, []))))
 
     def bound(t):
@@ -541,13 +546,13 @@ def _prepare(net, x, eps, relax, params):
     if torch.is_autocast_enabled(x.device.type):
         raise ValueError("bounds need full precision; leave torch.autocast before computing them")
     if not len(x) or not ((x >= 0) & (x <= 1)).all():
-        raise ValueError("x is empty, or has values outside [0, 1] or NaN: pass pixels; normalisation "
-                         "is a layer of the network")
+        raise ValueError("x is empty, or has values outside [0, 1] or NaN: pass pixels; "
+                         "normalisation is a layer of the network")
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
     if eps.dim() > x.dim() or any(n not in (1, m) for n, m in zip(eps.shape[::-1], x.shape[::-1])) \
             or not ((eps >= 0) & eps.isfinite()).all():
-        raise ValueError(f"eps={eps.tolist()} has to be a radius in pixels, 0 <= eps < infinity: a number, "
-                         "or a tensor that broadcasts with x")
+        raise ValueError(f"eps={eps.tolist()} has to be a radius in pixels, 0 <= eps < infinity: a "
+                         "number, or a tensor that broadcasts with x")
     box = [(x - eps).clamp(min=0), (x + eps).clamp(max=1)]
     box = [t.flatten(1)[None] for t in box]                                    # (1, B, N)
     while stages[0] and stages[0][0].is_elementwise:
@@ -585,9 +590,8 @@ def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=ad
     """
     stages, shapes, box = _prepare(net, x, eps, relax, params)
     bounds = _intermediate(stages, box, relax, slope, skip_stable, chunk)
-    lead = () if params is None else (_population(params),)
-    return [tuple(t.expand(*(lead or (1,)), *t.shape[1:]).reshape(*lead, len(x), *shape) for t in pair)
-            for pair, shape in zip(bounds, shapes)]
+    return [tuple(t.expand(_population(params), -1, -1).reshape(shape) for t in pair)
+            for pair, shape in zip(bounds, _outer_shapes(shapes, x, params))]
 
 
 def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stable=False, *,
@@ -630,10 +634,11 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     if intermediate is None:
         bounds = _intermediate(stages, box, relax, slope, skip_stable, chunk)
     else:
-        want = [(*(() if params is None else (_population(params),)), len(x), *s) for s in shapes[:-1]]
-        if [tuple(t.shape) for pair in intermediate for t in pair] != [s for s in want for _ in "lu"]:
+        want = _outer_shapes(shapes, x, params)
+        if [[t.shape for t in pair] for pair in intermediate] != [[s, s] for s in want]:
             raise ValueError(f"intermediate has to hold a pair (l, u) of each of the shapes {want}")
-        bounds = [[t.reshape(_population(params), len(x), -1) for t in pair] for pair in intermediate]
+        P = _population(params)
+        bounds = [[t.reshape(P, len(x), -1) for t in pair] for pair in intermediate]
     # "box" stops at the last ReLU, whose outputs lie in a box; the others go down to the input.
     bottom = len(stages) - 1 if relax == "box" else 0
     inputs = [F.relu(t) for t in bounds[-1]] if bottom else box
@@ -652,6 +657,12 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     samples = max(1, chunk // (_population(params) * K * widest))
     low = torch.cat(_in_chunks(bound, [(b,) for b in range(0, len(x), samples)]), 1)
     return low[0] if params is None else low
+
+
+def _outer_shapes(shapes, x, params):
+    """Shapes of the bounds before each ReLU as the user sees them: (B, ...), or (P, B, ...)."""
+    lead = (len(x),) if params is None else (_population(params), len(x))
+    return [torch.Size((*lead, *shape)) for shape in shapes[:-1]]
 
 
 def _population(params):

@@ -3,7 +3,7 @@
     python train.py                                                  digits, DeepPoly, RGS: a minute
     python train.py --relax box --opt grad                           the classic baseline (IBP)
     python train.py --relax deeppoly --opt pgpe --samples 64         no gradient of the bound needed
-    python train.py --dataset mnist --data-dir DIR                   needs the files, or downloads them
+    python train.py --dataset mnist --data-dir DIR                   needs its files, or downloads
     python train.py --relax deeppoly --opt rgs --dataset cifar10
 
 A step: bounds of the margins over a ball around each image (relaxations.py), cross-entropy on
@@ -143,21 +143,24 @@ def _check_dataset(name, x_train, y_train, x_test, y_test, classes):
         if x.dtype == np.uint8:
             x = x.astype(np.float32) / 255
         if x.dtype.kind != "f" or x.ndim not in (3, 4) or not len(x):
-            raise InputError(f"{name}: x_{part} has to be uint8 or float images, (n, H, W), (n, H, W, C) "
-                             f"or (n, C, H, W); got {x.dtype} {x.shape}")
+            raise InputError(f"{name}: x_{part} has to be uint8 or float images, (n, H, W), "
+                             f"(n, H, W, C) or (n, C, H, W); got {x.dtype} {x.shape}")
         if not ((x >= 0) & (x <= 1)).all():
-            raise InputError(f"{name}: x_{part} has values outside [0, 1] or NaN; divide by the maximum")
+            raise InputError(f"{name}: x_{part} has values outside [0, 1] or NaN; "
+                             "divide by the maximum")
         if x.ndim == 3:
             x = x[:, None]
         elif x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):      # NHWC
             x = x.transpose(0, 3, 1, 2)
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
-            raise InputError(f"{name}: y_{part} has to hold {len(x)} integer labels, got {y.dtype} {y.shape}")
+            raise InputError(f"{name}: y_{part} has to hold {len(x)} integer labels, "
+                             f"got {y.dtype} {y.shape}")
         classes = classes or int(y.max()) + 1
         if y.min() < 0 or y.max() >= classes:
             raise InputError(f"{name}: y_{part} has labels outside 0..{classes - 1}: "
                              f"{y.min()} to {y.max()}")
-        out += [torch.from_numpy(np.ascontiguousarray(x, np.float32)), torch.from_numpy(y.astype(np.int64))]
+        out += [torch.from_numpy(np.ascontiguousarray(x, np.float32)),
+                torch.from_numpy(y.astype(np.int64))]
     if out[0].shape[1:] != out[2].shape[1:]:
         raise InputError(f"{name}: training images are {tuple(out[0].shape[1:])}, test images "
                          f"{tuple(out[2].shape[1:])}")
@@ -170,13 +173,14 @@ def _find_mnist(file, data_dir):
         for path in (place / file, place / (file + ".gz")):
             if path.is_file():
                 return path
-    _download([m + file + ".gz" for m in MNIST_MIRRORS], places[0] / (file + ".gz"), MNIST_FILES[file],
+    target = places[0] / (file + ".gz")
+    _download([m + file + ".gz" for m in MNIST_MIRRORS], target, MNIST_FILES[file],
               f"the four files {', '.join(MNIST_FILES)} (.gz or not) into {places[0]}")
-    return places[0] / (file + ".gz")
+    return target
 
 
 def _read_idx(path, file):
-    """The IDX format: 0, 0, 8 (uint8), number of axes, their sizes as big-endian int32, the data."""
+    """The IDX format: 0, 0, 8 (uint8), number of axes, their sizes as big-endian int32, data."""
     images = "images" in file
     head = 16 if images else 8
     try:
@@ -186,14 +190,16 @@ def _read_idx(path, file):
             if len(header) != head // 4 or header[0] != (0x803 if images else 0x801) \
                     or not 0 < sizes[0] <= 10 ** 6 or sizes[1:] not in ([], [28, 28]):
                 raise InputError(f"{path}: not an MNIST {'image' if images else 'label'} file "
-                                 f"(header {header.tolist()}); delete it, and it is downloaded again")
+                                 f"(header {header.tolist()}); delete it, and it is downloaded "
+                                 "again")
             n = math.prod(sizes)
             data = np.frombuffer(f.read(n + 1), np.uint8)
     except (OSError, EOFError, zlib.error) as e:
-        raise InputError(f"{path}: cannot be read ({e}); delete it, and it is downloaded again") from None
+        raise InputError(f"{path}: cannot be read ({e}); delete it, and it is "
+                         "downloaded again") from None
     if len(data) != n:
-        raise InputError(f"{path}: holds {'more' if len(data) > n else len(data)} bytes where its header "
-                         f"says {n}; delete it, and it is downloaded again")
+        raise InputError(f"{path}: holds {'more' if len(data) > n else len(data)} bytes where its "
+                         f"header says {n}; delete it, and it is downloaded again")
     return data.reshape(sizes)
 
 
@@ -218,11 +224,12 @@ def _read_cifar(data_dir):
                     if n in names and member.isfile() and member.size <= 10 ** 8:
                         raw[n] = tar.extractfile(member).read()      # read, never unpacked to disk
         except (OSError, EOFError, tarfile.TarError, zlib.error) as e:
-            raise InputError(f"{archive}: cannot be read ({e}); delete it, and it is downloaded again") from None
+            raise InputError(f"{archive}: cannot be read ({e}); delete it, and it is "
+                             "downloaded again") from None
     bad = [n for n in names if not raw.get(n) or len(raw[n]) % 3073]
     if bad:
-        raise InputError(f"{folder if folder.is_dir() else archive}: {', '.join(bad)} missing or not made of "
-                         "records of 3073 bytes; delete it, and it is downloaded again")
+        raise InputError(f"{folder if folder.is_dir() else archive}: {', '.join(bad)} missing or "
+                         "not made of records of 3073 bytes; delete it, and it is downloaded again")
     parts = []
     for group in (names[:5], names[5:]):
         records = np.frombuffer(b"".join(raw[n] for n in group), np.uint8).reshape(-1, 3073)
@@ -236,14 +243,16 @@ def _read_npz(path):
         with np.load(path, allow_pickle=False) as file:
             missing = [k for k in keys if k not in file]
             if missing:
-                raise InputError(f"{path}: lacks the arrays {', '.join(missing)}; it needs {', '.join(keys)}")
+                raise InputError(f"{path}: lacks the arrays {', '.join(missing)}; "
+                                 f"it needs {', '.join(keys)}")
             return [file[k] for k in keys]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError) as e:
         raise InputError(f"{path}: not a readable .npz file ({e})") from None
     except ValueError as e:
-        raise e if isinstance(e, InputError) else InputError(f"{path}: not a readable .npz file ({e})") from None
+        raise e if isinstance(e, InputError) else InputError(
+            f"{path}: not a readable .npz file ({e})") from None
 
 
 def _download(urls, target, md5, by_hand):
@@ -262,7 +271,8 @@ def _download(urls, target, md5, by_hand):
                     done += len(block)
                     if sys.stderr.isatty():
                         bar = "#" * (30 * done // max(total, done))
-                        print(f"\r{target.name} [{bar:30}] {done / 1e6:6.1f} MB", end="", file=sys.stderr)
+                        print(f"\r{target.name} [{bar:30}] {done / 1e6:6.1f} MB", end="",
+                              file=sys.stderr)
             if sys.stderr.isatty():
                 print(file=sys.stderr)
             if digest.hexdigest() == md5:
@@ -278,7 +288,7 @@ def _download(urls, target, md5, by_hand):
 
 
 def augment(x, generator, pad=2):
-    """CIFAR-10 training: random horizontal flip and random crop after zero padding by 2. (B, C, H, W)."""
+    """CIFAR-10 training: random horizontal flip and crop after zero padding by 2. (B, C, H, W)."""
     B, C, H, W = x.shape
     flip = torch.rand(B, generator=generator) < 0.5
     x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(3), x)
@@ -303,7 +313,7 @@ NETWORKS = {
 
 
 def build_network(name, input_shape, num_classes, init="ibp", statistics=None):
-    """An nn.Sequential in eval mode: pixels in [0, 1], (B, *input_shape) -> logits (B, num_classes).
+    """An eval-mode nn.Sequential: pixels in [0, 1], (B, *input_shape) -> logits (B, num_classes).
 
     statistics: (mean, std) per channel of the pixels, for a first layer that normalises.
     init: "ibp", W ~ N(0, 2 pi / fan_in^2) for every affine layer but the last (Shi et al. 2021), or
@@ -368,11 +378,12 @@ def update_batchnorm(net, theta, x):
 # --------------------------------------------------------------------------------- the robust loss
 
 def eps_at(progress, eps):
-    """Training radius after a fraction of the ramp: quartic up to a quarter of it, then linear, with
-    the same value and slope where they meet (the smooth schedule of Shi et al. 2021)."""
+    """Training radius after a fraction of the ramp: quartic up to a quarter of it, then linear,
+    with the same value and slope where they meet (the smooth schedule of Shi et al. 2021)."""
     t, middle = min(max(progress, 0.0), 1.0), 0.25
     a = 1 / (middle ** 4 + 4 * middle ** 3 * (1 - middle))
-    return eps * (a * t ** 4 if t < middle else a * middle ** 4 + 4 * a * middle ** 3 * (t - middle))
+    return eps * (a * t ** 4 if t < middle
+                  else a * middle ** 4 + 4 * a * middle ** 3 * (t - middle))
 
 
 def regularizers(bounds, radius):
@@ -382,7 +393,7 @@ def regularizers(bounds, radius):
     tightness  mean over layers of relu(1/2 - radius / mean radius there) / (1/2): bounds that grow
     balance    mean over layers of [relu(1/2 - rho(m)) + relu(1/2 - rho(v))] / (1/2), where m is the
                ratio of the centres of active to those of inactive neurons, v that of their
-               variances, and rho(t) = min(t, 1/t); a layer where one of them is undefined is skipped
+               variances, and rho(t) = min(t, 1/t); a layer where one is undefined is skipped
     """
     tightness, balance = [], []
     for l, u in bounds:
@@ -419,15 +430,18 @@ def robust_loss(net, x, y, eps, relax="deeppoly", kappa=0.0, l1=0.0, regularize=
         margins = margin_lower_bounds(net, x, y, eps, relax, params, intermediate=bounds)
         total = (1 - kappa) * torch.logsumexp(-margins, -1).mean(-1)
         if certified is not None:
-            certified.append(((margins > 0).sum(-1) == margins.shape[-1] - 1).float().mean().detach())
+            fraction = ((margins > 0).sum(-1) == margins.shape[-1] - 1).float().mean()
+            certified.append(fraction.detach())
         if kappa:
             logits = vmap(lambda p: functional_call(net, p, (x,)))(params)      # (P, B, K)
             total = total + kappa * vmap(F.cross_entropy, (0, None))(logits, y)
         if l1:
-            total = total + l1 * sum(w.abs().flatten(1).sum(1) for w in params.values() if w.dim() > 2)
+            norms = (w.abs().flatten(1).sum(1) for w in params.values() if w.dim() > 2)
+            total = total + l1 * sum(norms)
         if regularize and bounds:
             first = net[0] if isinstance(net[0], nn.BatchNorm2d) else nn.Identity()  # normalisation
-            radius = (first((x + eps).clamp(max=1)) - first((x - eps).clamp(min=0))).abs().mean() / 2
+            low, high = first((x - eps).clamp(min=0)), first((x + eps).clamp(max=1))
+            radius = (high - low).abs().mean() / 2
             total = total + regularize * regularizers(bounds, radius)
         return total
     return loss
@@ -483,8 +497,9 @@ def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
     wide, generator = x.detach().cpu().double(), torch.Generator().manual_seed(seed)
     lower, upper = (wide - eps).clamp(min=0), (wide + eps).clamp(max=1)
     low, high = lower.to(x.dtype), upper.to(x.dtype)
-    low = torch.where(low < lower, torch.nextafter(low, torch.ones_like(low)), low).to(x.device)
-    high = torch.where(high > upper, torch.nextafter(high, torch.zeros_like(high)), high).to(x.device)
+    low = torch.where(low < lower, torch.nextafter(low, torch.ones_like(low)), low)
+    high = torch.where(high > upper, torch.nextafter(high, torch.zeros_like(high)), high)
+    low, high = low.to(x.device), high.to(x.device)
     with torch.no_grad():
         ranking = torch.cat([net(part) for part in x.split(500)]).scatter(1, y[:, None], -torch.inf)
         ranking = ranking.argsort(1, descending=True)                          # (B, K), y last
@@ -523,32 +538,33 @@ def evaluate(net, x, y, eps, batch=500, progress=lambda line: None):
     result["best"] = torch.stack([result[r] for r in RELAXATIONS]).any(0)
     wrong = (result["best"] & ~result["attack"]).nonzero().flatten().tolist()
     if wrong:
-        raise AssertionError(f"samples {wrong[:10]} are both certified and attacked at eps={eps}: a "
-                             "bound is unsound; please report this with the run folder")
+        raise AssertionError(f"samples {wrong[:10]} are both certified and attacked at eps={eps}: "
+                             "a bound is unsound; please report this with the run folder")
     return result
 
 
 # How certification uses DeepPoly: only the neurons that intervals leave unstable are substituted.
 # It is faster on trained networks and, on box-trained ones, much tighter: see the README.
 CERTIFY = {"box": {}, "crown-ibp": {}, "deeppoly": dict(skip_stable=True)}
-TITLES = {"natural": "natural accuracy", "attack": "under attack (PGD)", "box": "certified by box (IBP)",
-          "crown-ibp": "certified by CROWN-IBP", "deeppoly": "certified by DeepPoly",
-          "best": "certified by the best of them"}
+TITLES = {"natural": "natural accuracy", "attack": "under attack (PGD)",
+          "box": "certified by box (IBP)", "crown-ibp": "certified by CROWN-IBP",
+          "deeppoly": "certified by DeepPoly", "best": "certified by the best of them"}
 
 
 def table(result):
     """The evaluation as lines of text."""
     n = len(result["natural"])
-    return [f"  {TITLES[k]:32}{100 * v.float().mean():6.2f} %   {int(v.sum())}/{n}" for k, v in result.items()]
+    return [f"  {TITLES[k]:32}{100 * v.float().mean():6.2f} %   {int(v.sum())}/{n}"
+            for k, v in result.items()]
 
 
-# ---------------------------------------------------------------------------------------- run folder
+# --------------------------------------------------------------------------------------- run folder
 
 CHECKPOINT = 1   # version of the checkpoint's layout
 
 
 def save_checkpoint(folder, net, config):
-    """checkpoint.pt: {"format", "config", "state"}, plain tensors and numbers; written, then renamed."""
+    """checkpoint.pt: {"format", "config", "state"}, tensors and numbers; written, then renamed."""
     temporary = folder / "checkpoint.pt.part"
     torch.save({"format": CHECKPOINT, "config": config, "state": net.state_dict()}, temporary)
     os.replace(temporary, folder / "checkpoint.pt")
@@ -571,7 +587,8 @@ def load_run(folder):
         net = build_network(c["net"], c["input_shape"], c["classes"], c["init"], c["statistics"])
         net.load_state_dict(saved["state"])
     except (KeyError, TypeError, RuntimeError) as e:
-        raise InputError(f"{path}: its weights and its config do not fit ({str(e).splitlines()[0]})") from None
+        raise InputError(f"{path}: its weights and its config do not fit "
+                         f"({str(e).splitlines()[0]})") from None
     return net, c
 
 
@@ -594,7 +611,7 @@ def new_folder(out, name):
 
 
 class Progress:
-    """One line that rewrites itself on a terminal; elsewhere a plain line at most every few seconds."""
+    """One line that rewrites itself on a terminal; elsewhere a line at most every few seconds."""
 
     def __init__(self, every=10.0):
         self.terminal, self.start, self.last = sys.stdout.isatty(), time.time(), 0.0
@@ -602,7 +619,8 @@ class Progress:
 
     def __call__(self, line, force=False):
         if force or time.time() - self.last >= self.every:
-            print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+            print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n",
+                  flush=True)
             self.last = time.time()
 
     def done(self, line):
@@ -617,7 +635,7 @@ def duration(seconds):
 # ----------------------------------------------------------------------------------------- training
 
 def estimate(loss, theta, sigma, config, generator):
-    """The gradient estimate that config["opt"] asks for: (loss, gradient, sigma gradient or None)."""
+    """The gradient estimate config["opt"] asks for: (loss, gradient, sigma gradient or None)."""
     opt, samples, chunk = config["opt"], config["samples"], config["members"]
     if opt == "grad":
         return gls.gradient(loss, theta)
@@ -637,7 +655,8 @@ def train(net, x, y, config, device, folder, show=print):
     noise = torch.Generator(device).manual_seed(config["seed"] + 1)
     theta = parameters_to_vector(net.parameters()).detach().clone()
     optimizer = torch.optim.Adam([theta], lr=config["lr"])
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, config["milestones"], config["lr_decay"])
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, config["milestones"],
+                                                    config["lr_decay"])
     sigma = torch.tensor(config["sigma"], device=device)
     if config["sigma_adapt"] == "parameter":
         sigma = torch.full_like(theta, config["sigma"])
@@ -661,14 +680,15 @@ def train(net, x, y, config, device, folder, show=print):
                 update_batchnorm(net, theta, xb)
                 loss = robust_loss(net, xb, yb, eps, config["relax"], config["kappa"], config["l1"],
                                    config["regularize"] * max(0.0, 1 - eps / config["eps_train"])
-                                   if config["eps_train"] else 0.0, config["skip_stable"], certified)
+                                   if config["eps_train"] else 0.0,
+                                   config["skip_stable"], certified)
                 value, theta.grad, sigma_grad = estimate(loss, theta, sigma, config, noise)
                 norm = clip_grad_norm_([theta], config["clip"])
                 if not (value.isfinite() and norm.isfinite()):
                     raise FloatingPointError(
-                        f"epoch {epoch + 1}, batch {step + 1}: the loss is {value:.4g}, the gradient's norm "
-                        f"{norm:.4g} at eps {eps:.4g}; try a smaller --lr or a longer --ramp. "
-                        f"{folder / 'checkpoint.pt'} holds the last epoch")
+                        f"epoch {epoch + 1}, batch {step + 1}: the loss is {value:.4g}, the "
+                        f"gradient's norm {norm:.4g} at eps {eps:.4g}; try a smaller --lr or a "
+                        f"longer --ramp. {folder / 'checkpoint.pt'} holds the last epoch")
                 optimizer.step()
                 if sigma_grad is not None:
                     # Natural step (pgpelib): sigma^2 times the gradient, at most 20 % a step.
@@ -677,9 +697,9 @@ def train(net, x, y, config, device, folder, show=print):
                 totals += torch.stack([value, torch.stack(certified).mean(), norm]) * len(index)
                 left = (time.time() - start) / done * (config["epochs"] * steps - done)
                 rate = (step + 1) * config["batch_size"] / (time.time() - begun)
-                show(f"epoch {epoch + 1}/{config['epochs']}  batch {step + 1}/{steps}  eps {eps:.4f}  loss "
-                     f"{value:.4f}  certified {100 * certified[-1]:.1f} %  {rate:.0f} samples/s  "
-                     f"{duration(left)} left")
+                show(f"epoch {epoch + 1}/{config['epochs']}  batch {step + 1}/{steps}  "
+                     f"eps {eps:.4f}  loss {value:.4f}  certified {100 * certified[-1]:.1f} %  "
+                     f"{rate:.0f} samples/s  {duration(left)} left")
             schedule.step()
             loss, certified, norm = (totals / len(x)).tolist()
             rows.append(dict(epoch=epoch + 1, eps=eps, lr=lr, sigma=sigma.mean().item(), loss=loss,
@@ -706,7 +726,8 @@ def number(low, high, open_low=False):
             value = float(Fraction(text)) if "/" in text else float(text)
         except (ValueError, ZeroDivisionError):
             value = math.nan
-        if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+        above = low < value if open_low else low <= value
+        if not above or not value <= high or math.isinf(value):
             raise argparse.ArgumentTypeError(
                 f"{text!r} has to be a number {'>' if open_low else '>='} {low:g}"
                 + (f" and <= {high:g}" if high < math.inf else "") + ", such as 0.1 or 2/255")
@@ -736,35 +757,41 @@ def pick_device(name):
 def parse_config(argv):
     p = Parser(prog="train.py", description="Train a certifiably robust network, with or without "
                "Gaussian loss smoothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    eps = number(0, 1)
+    eps, switch = number(0, 1), argparse.BooleanOptionalAction
     p.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, or PATH.npz")
     p.add_argument("--relax", choices=RELAXATIONS, default=COMMON["relax"])
     p.add_argument("--opt", choices=("grad", "rgs", "pgpe"), default=COMMON["opt"])
     p.add_argument("--net", choices=NETWORKS, help="default: by data set")
-    p.add_argument("--eps", type=eps, help="radius to certify, in pixels of [0, 1]; default: by data set")
+    p.add_argument("--eps", type=eps,
+                   help="radius to certify, in pixels of [0, 1]; default: by data set")
     p.add_argument("--eps-train", type=eps, help="radius to train at; default: that of --eps")
     p.add_argument("--epochs", type=count(0), help="default: by data set")
-    p.add_argument("--ramp", type=count(0), help="epochs over which eps grows; default: by data set")
-    p.add_argument("--milestones", type=count(0), nargs="*", help="epochs after which lr decays; by data set")
+    p.add_argument("--ramp", type=count(0), help="epochs in which eps grows; default: by data set")
+    p.add_argument("--milestones", type=count(0), nargs="*",
+                   help="epochs after which lr decays; by data set")
     p.add_argument("--batch-size", type=count(1), help="default: by data set")
     p.add_argument("--lr", type=number(0, math.inf, True), help="of Adam; default: by data set")
     p.add_argument("--lr-decay", type=number(0, 1, True), default=COMMON["lr_decay"])
     p.add_argument("--sigma", type=number(0, math.inf, True), default=COMMON["sigma"],
                    help="standard deviation of the weight noise (rgs, pgpe)")
-    p.add_argument("--samples", type=count(1), help="loss evaluations per step; default: rgs 2, pgpe 64")
-    p.add_argument("--antithetic", action=argparse.BooleanOptionalAction, default=COMMON["antithetic"],
+    p.add_argument("--samples", type=count(1),
+                   help="loss evaluations per step; default: rgs 2, pgpe 64")
+    p.add_argument("--antithetic", action=switch, default=COMMON["antithetic"],
                    help="rgs: perturb by eps and by -eps (pgpe always does)")
-    p.add_argument("--sigma-adapt", choices=("fixed", "scalar", "parameter"), default=COMMON["sigma_adapt"],
+    p.add_argument("--sigma-adapt", choices=("fixed", "scalar", "parameter"),
+                   default=COMMON["sigma_adapt"],
                    help="pgpe: follow the gradient of sigma too, one for all or one per parameter")
     p.add_argument("--sigma-lr", type=number(0, math.inf), default=COMMON["sigma_lr"])
-    p.add_argument("--members", type=count(1), default=16, help="parameter vectors evaluated at once")
-    p.add_argument("--kappa", type=number(0, 1), default=COMMON["kappa"], help="weight of the natural loss")
+    p.add_argument("--members", type=count(1), default=16, help="parameter vectors run at once")
+    p.add_argument("--kappa", type=number(0, 1), default=COMMON["kappa"],
+                   help="weight of the natural loss")
     p.add_argument("--l1", type=number(0, math.inf), default=COMMON["l1"])
     p.add_argument("--regularize", type=number(0, math.inf), default=COMMON["regularize"],
                    help="weight of the regularisers of Shi et al., during the ramp")
-    p.add_argument("--clip", type=number(0, math.inf, True), default=COMMON["clip"], help="gradient norm")
+    p.add_argument("--clip", type=number(0, math.inf, True), default=COMMON["clip"],
+                   help="gradient norm")
     p.add_argument("--init", choices=("ibp", "default"), default=COMMON["init"])
-    p.add_argument("--skip-stable", action=argparse.BooleanOptionalAction, default=COMMON["skip_stable"],
+    p.add_argument("--skip-stable", action=switch, default=COMMON["skip_stable"],
                    help="deeppoly: back-substitute unstable neurons only")
     p.add_argument("--seed", type=count(0), default=0)
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -775,7 +802,8 @@ def parse_config(argv):
     args = p.parse_args(argv)
     kind = "npz" if args.dataset.endswith(".npz") else args.dataset
     if kind not in DEFAULTS:
-        p.error(f"argument --dataset: {args.dataset!r} is none of digits, mnist, cifar10, or PATH.npz")
+        p.error(f"argument --dataset: {args.dataset!r} is none of digits, mnist, cifar10, "
+                "or PATH.npz")
     config = {**COMMON, **DEFAULTS[kind], **{k: v for k, v in vars(args).items() if v is not None}}
     if args.epochs is not None and args.ramp is None:      # a shorter run keeps the recipe's shape
         scale = args.epochs / DEFAULTS[kind]["epochs"]
@@ -788,8 +816,9 @@ def parse_config(argv):
     config["samples"] = config["samples"] or {"rgs": 2, "pgpe": 64}[config["opt"]]
     paired = config["opt"] == "pgpe" or config["opt"] == "rgs" and config["antithetic"]
     if paired and config["samples"] % 2:
-        p.error(f"argument --samples: {config['samples']} is odd, but {config['opt']} uses antithetic pairs; "
-                f"use {config['samples'] + 1}" + (", or --no-antithetic" * (config["opt"] == "rgs")))
+        p.error(f"argument --samples: {config['samples']} is odd, but {config['opt']} uses "
+                f"antithetic pairs; use {config['samples'] + 1}"
+                + (", or --no-antithetic" * (config["opt"] == "rgs")))
     if config["sigma_adapt"] != "fixed" and config["opt"] != "pgpe":
         p.error(f"argument --sigma-adapt: only --opt pgpe estimates a gradient of sigma, not "
                 f"--opt {config['opt']}; use fixed")
@@ -804,28 +833,33 @@ def main(argv=None):
     x_test, y_test = (t[:config["test_subset"]].to(device) for t in (data.x_test, data.y_test))
     cifar = config["dataset"] == "cifar10"
     config |= dict(input_shape=list(x.shape[1:]), classes=data.classes, augment=cifar,
-                   statistics=CIFAR_STATISTICS if cifar else None, milestones=list(config["milestones"]),
-                   device=str(device), threads=torch.get_num_threads(), torch=str(torch.__version__))
+                   statistics=CIFAR_STATISTICS if cifar else None,
+                   milestones=list(config["milestones"]), device=str(device),
+                   threads=torch.get_num_threads(), torch=str(torch.__version__))
     torch.manual_seed(config["seed"])
-    net = build_network(config["net"], x.shape[1:], data.classes, config["init"], config["statistics"])
+    net = build_network(config["net"], x.shape[1:], data.classes, config["init"],
+                        config["statistics"])
     name = Path(config["dataset"]).stem
     folder = new_folder(config["out"], f"{name}-{config['net']}-{config['relax']}-{config['opt']}")
     config["out"] = str(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     net.to(device)
-    print(f"{name}: {len(x)} training and {len(x_test)} test images {tuple(x.shape[1:])}, {data.classes} classes\n"
-          f"{config['net']}: {sum(p.numel() for p in net.parameters())} parameters; {config['relax']} bounds, "
-          f"{config['opt']}; eps {config['eps_train']:.4g} in training, {config['eps']:.4g} in the test; {device}")
+    print(f"{name}: {len(x)} training and {len(x_test)} test images {tuple(x.shape[1:])}, "
+          f"{data.classes} classes\n"
+          f"{config['net']}: {sum(p.numel() for p in net.parameters())} parameters; "
+          f"{config['relax']} bounds, {config['opt']}; eps {config['eps_train']:.4g} in training, "
+          f"{config['eps']:.4g} in the test; {device}")
     show = Progress()
     save_checkpoint(folder, net, config)
     rows = train(net, x, y, config, device, folder, show)
     if rows:
         last = rows[-1]
-        show.done(f"trained {len(rows)} epochs in {duration(last['seconds'])}: loss {last['loss']:.4f}, "
-                  f"{100 * last['certified']:.1f} % certified in training")
+        show.done(f"trained {len(rows)} epochs in {duration(last['seconds'])}: loss "
+                  f"{last['loss']:.4f}, {100 * last['certified']:.1f} % certified in training")
         if config["ramp"] < config["epochs"] and last["loss"] > 0.98 * math.log(data.classes):
-            print(f"warning: the loss is that of guessing, ln {data.classes} = {math.log(data.classes):.3f}; try a "
-                  "longer --ramp, a smaller --eps-train or --lr, or --relax box", file=sys.stderr)
+            print(f"warning: the loss is that of guessing, ln {data.classes} = "
+                  f"{math.log(data.classes):.3f}; try a longer --ramp, a smaller --eps-train or "
+                  "--lr, or --relax box", file=sys.stderr)
     result = evaluate(net, x_test, y_test, config["eps"], progress=show)
     show.done(f"{len(x_test)} test images, eps {config['eps']:.4g}:")
     print("\n".join(table(result)))
@@ -842,7 +876,8 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):   # M_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):
         mallopt(option, value)
 
 
