@@ -1036,7 +1036,7 @@ def test_sigma_adapts_and_cnn7_and_own_data_train(tmp_path):
                    "--opt", "pgpe", "--samples", 4, "--sigma-adapt", "scalar", "--epochs", 2,
                    "--kappa", 0.5, "--l1", 1e-6, "--out", tmp_path / "run") == 0
     rows = (tmp_path / "run/log.csv").read_text().splitlines()
-    assert float(rows[-1].split(",")[3]) != 0.03
+    assert float(rows[-1].split(",")[3]) != 0.01
     net, _ = train.load_run(tmp_path / "run")
     assert net[1].running_mean.abs().max() > 0                         # BatchNorm has seen data
     assert command(certify.main, tmp_path / "run", "--restarts", 0, "--relax", "box") == 0
