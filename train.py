@@ -59,7 +59,7 @@ COMMON = dict(
     antithetic=True,      # here: cancels the odd part of the noise, for free
     sigma_adapt="fixed",  # or scalar, parameter: PGPE's own adaptation of sigma
     sigma_lr=0.1,         # pgpelib's default for the step of sigma
-    skip_stable=True,     # here: faster than the textbook, no difference in what it certifies (README)
+    skip_stable=True,     # here: faster than the textbook, and certifies as much (README)
     subset=None, test_subset=None, out=None,
 )
 DEFAULTS = {              # epochs, ramp and milestones count passes over the training set
@@ -394,7 +394,8 @@ def regularizers(bounds, radius):
     tightness  mean over layers of relu(1/2 - radius / mean radius there) / (1/2): bounds that grow
     balance    mean over layers of [relu(1/2 - rho(m)) + relu(1/2 - rho(v))] / (1/2), where m is the
                ratio of the centres of active to those of inactive neurons, v that of their
-               squared distances from the mean of all, and rho(t) = min(t, 1/t); a layer where one is undefined is skipped
+               squared distances from the mean of all, and rho(t) = min(t, 1/t); a layer where
+               one is undefined is skipped
     """
     tightness, balance = [], []
     for l, u in bounds:
@@ -894,7 +895,7 @@ def run(main):
         print(f"stopped: {e}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; what the run folder holds is complete up to the last epoch or verdict",
+        print("\ninterrupted; the run folder is complete up to the last epoch or verdict",
               file=sys.stderr)
         sys.exit(130)
 
