@@ -86,8 +86,7 @@ def read_network(net, in_shape, params=None):
     """The network as stages: lists of Affine layers, with one ReLU between consecutive stages; and
     the shapes at their ends, without the batch: of each ReLU's input and of the logits.
 
-    BatchNorm2d in eval mode is itself affine, z -> s z + t with s = gamma / sqrt(var + eps) and
-    t = beta - s mean: folded into the convolution before it, else a 1x1 depthwise convolution.
+    BatchNorm2d in eval mode is itself affine, z -> s z + t: folded into the convolution before it, else a 1x1 depthwise convolution.
     Raises ValueError, naming the layer, for what cannot be bounded.
     """
     if not _is(net, nn.Sequential):
@@ -133,15 +132,7 @@ def read_network(net, in_shape, params=None):
             stages[-1].append(_read_conv(layer, where, get(i, "weight"), get(i, "bias"), shape))
             shape = stages[-1][-1].out_shape
         elif _is(layer, nn.BatchNorm2d):
-            if layer.training or layer.running_mean is None:
-                raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "
-                                 "track_running_stats=True), so that it is a fixed affine map")
-            if len(shape) != 3 or shape[0] != layer.num_features:
-                raise ValueError(f"{where} takes {layer.num_features} channels, gets {shape}")
-            scale = (get(i, "running_var") + layer.eps).rsqrt()
-            scale = scale * get(i, "weight") if layer.affine else scale             # (P, C)
-            shift = -get(i, "running_mean") * scale
-            shift = shift + get(i, "bias") if layer.affine else shift
+            scale, shift = _read_batchnorm(layer, where, shape, lambda name: get(i, name))
             if stages[-1] and stages[-1][-1].is_conv:
                 conv = stages[-1].pop()
                 stages[-1].append(conv._replace(weight=conv.weight * scale[..., None, None, None],
@@ -157,6 +148,19 @@ def read_network(net, in_shape, params=None):
         raise ValueError(f"the network ends in the shape {shape}, not in logits; "
                          "is nn.Flatten() or a layer missing?")
     return stages, [*shapes, shape]
+
+
+def _read_batchnorm(layer, where, shape, get):
+    """s = gamma / sqrt(var + eps) and t = beta - s mean, (P, C) each."""
+    if layer.training or layer.running_mean is None:
+        raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "
+                         "track_running_stats=True), so that it is a fixed affine map")
+    if len(shape) != 3 or shape[0] != layer.num_features:
+        raise ValueError(f"{where} takes {layer.num_features} channels, but gets the shape {shape}")
+    scale = (get("running_var") + layer.eps).rsqrt()
+    scale = scale * get("weight") if layer.affine else scale
+    shift = -get("running_mean") * scale
+    return scale, shift + get("bias") if layer.affine else shift
 
 
 def _read_conv(layer, where, weight, bias, shape):

@@ -13,6 +13,7 @@ import re
 import tarfile
 import threading
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -737,6 +738,17 @@ def test_eps_schedule():
     assert (steps > 0).all() and (np.diff(steps) > -1e-12).all()       # convex: no slope ever falls
     assert np.allclose(steps[250:], steps[-1]) and steps[249] == pytest.approx(steps[250], rel=0.02)
     assert train.eps_at(0.125, 1.0) / train.eps_at(0.25, 1.0) == pytest.approx(1 / 16)     # quartic
+
+
+def test_sigma_step_by_hand():
+    sigma, grad = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([2.0, -100.0, 100.0])
+    step = train.adapt_sigma(sigma, grad, 0.1)                         # 0.5 - 0.1 * 0.25 * 2
+    assert step.tolist() == pytest.approx([0.45, 0.6, 0.4])
+
+
+def test_readme_explains_every_column_of_the_log():
+    readme = (Path(train.__file__).parent / "README.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", readme, re.M) == list(train.LOG)
 
 
 def test_attack_is_exact_on_an_affine_network():

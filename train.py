@@ -647,6 +647,11 @@ def estimate(loss, theta, sigma, config, generator):
     return gls.rgs(loss, theta, sigma, samples, generator, config["antithetic"], chunk)
 
 
+def adapt_sigma(sigma, grad, lr):
+    """sigma - lr sigma^2 dL/dsigma, by at most 20 % a step (Sehnke et al. 2010, as in pgpelib)."""
+    return torch.clamp(sigma - lr * sigma ** 2 * grad, 0.8 * sigma, 1.2 * sigma)
+
+
 def train(net, x, y, config, device, folder, show=print):
     """Train net on images x and labels y, by the settings in config (see DEFAULTS, COMMON).
 
@@ -693,9 +698,7 @@ def train(net, x, y, config, device, folder, show=print):
                         f"longer --ramp. {folder / 'checkpoint.pt'} holds the last epoch")
                 optimizer.step()
                 if sigma_grad is not None:
-                    # Natural step (pgpelib): sigma^2 times the gradient, at most 20 % a step.
-                    change = config["sigma_lr"] * sigma ** 2 * sigma_grad
-                    sigma = torch.clamp(sigma - change, 0.8 * sigma, 1.2 * sigma)
+                    sigma = adapt_sigma(sigma, sigma_grad, config["sigma_lr"])
                 totals += torch.stack([value, torch.stack(certified).mean(), norm]) * len(index)
                 left = (time.time() - start) / done * (config["epochs"] * steps - done)
                 rate = (step + 1) * config["batch_size"] / (time.time() - begun)
