@@ -1,7 +1,7 @@
-"""Certify a network sample by sample: attack it, bound it, give each sample a verdict.
+"""Certify a network sample by sample: attack it, bound it, split it; give each sample a verdict.
 
     python certify.py                        the newest run under runs/, on its whole test set
-    python certify.py runs/NAME --samples 1000 --eps 0.1
+    python certify.py runs/NAME --samples 1000 --eps 0.1 --timeout 30
 
 Or any supported network (see relaxations.py), in five lines of Python:
 
@@ -12,105 +12,486 @@ Or any supported network (see relaxations.py), in five lines of Python:
 
 The stages, each on what the one before left open:
 
-    forward    wrong without any perturbation                               -> misclassified
-    attack     projected gradient descent finds a wrong point in the ball   -> attacked
-    box, crown-ibp, deeppoly     all margins have a positive lower bound    -> certified
-    otherwise                                                               -> unknown
+    forward            wrong without any perturbation                             -> misclassified
+    attack             projected gradient descent finds a wrong point in the ball -> attacked
+    box, crown-ibp, deeppoly, alpha-crown    all margins have a positive bound    -> certified
+    branch-and-bound   the ball is cut into subdomains, until all are settled     -> certified,
+                       or one of them gives a counterexample                      -> attacked
+    otherwise (time is up)                                                        -> unknown
 
-Guarantee: "certified" holds for every point of the ball, up to rounding; bounds nearer to zero than
+Branch and bound (Bunel et al. 2020, "Branch and bound for piecewise linear neural network
+verification"; with beta-CROWN's bounds, Wang et al. 2021). A subdomain is the part of the ball where
+some unstable ReLUs have a given sign. Those ReLUs are then linear, so its bound is tighter; if it is
+still not positive, the subdomain is cut in two at one more ReLU. There are finitely many ReLUs:
+where none is left to cut, the network is linear and a linear program decides.
+
+Guarantee: "certified" holds for every point of the ball, up to rounding: bounds nearer to zero than
 1e-4 are recomputed in float64. "attacked" comes with a counterexample in the ball (exactly, as
-float32 numbers), misclassified by a float64 forward pass. "unknown" is neither: the bounds are
-incomplete. Attacked samples are bounded too: one that comes out certified proves a bound wrong.
+float32 numbers), misclassified by a float64 forward pass. "unknown" is neither. Attacked samples
+are bounded too: one that comes out certified proves a bound wrong.
+
+Letters in shape comments: those of relaxations.py; n nodes (subdomains), k candidates to cut at.
 """
+import heapq
+import itertools
 import json
 import math
 import sys
 import time
 from collections import Counter
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+import numpy as np
 import torch
+from torch.func import jacrev
 
-from relaxations import RELAXATIONS
-from train import (CERTIFY, InputError, Parser, Progress, attack, certified_margin, count, duration,
-                   forward_margin, load_dataset, load_run, number, pick_device, run)
+from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, pinned_forward,
+                         preactivation_bounds, read_network, subdomain_bounds)
+from train import (CERTIFY, CLOSE, InputError, Parser, Progress, attack, ball, certified_margin,
+                   count, duration, forward_margin, in_float64, load_dataset, load_run, number,
+                   pick_device, run, smallest)
 
 STATUSES = ("misclassified", "attacked", "certified", "unknown")
+STAGES = (*RELAXATIONS, "branch-and-bound")
+
+# Branch and bound: settings that did well on the benchmark networks of the README.
+WIDTH = 64            # nodes cut at once
+TREES = 8             # samples whose trees grow at the same time
+CANDIDATES = 1        # ReLUs that each of the two branching scores proposes
+NODE_STEPS = 4        # of ascent for each node; it starts from the choices of its parent
+STORE = 2 ** 27       # numbers kept for waiting nodes (512 MB); beyond it, trees grow depth first
 
 
-class Verdict(NamedTuple):
-    status: str        # one of STATUSES
-    stage: str         # what settled it: forward, attack, box, ...; "" if unknown
-    bound: float       # the smallest margin lower bound proved, the best over stages; -inf if none
-    seconds: float     # spent on it; the time of a batch is shared equally
+@dataclass
+class Verdict:
+    status: str = "unknown"    # one of STATUSES
+    stage: str = ""            # what settled it: forward, attack, box, ...; "" if unknown
+    bound: float = -math.inf   # the smallest margin lower bound proved, the best over stages
+    seconds: float = 0.0       # spent on it; the time of a batch is shared equally
     counterexample: Optional[torch.Tensor] = None
+    seconds_by_stage: dict = field(default_factory=dict)
+    index: int = 0             # of the sample
+
+    def spend(self, stage, seconds):
+        self.seconds += seconds
+        self.seconds_by_stage[stage] = self.seconds_by_stage.get(stage, 0.0) + seconds
 
 
 class ContradictionError(AssertionError):
-    """A sample is both certified and attacked: a bound is unsound, or a forward pass is wrong."""
+    """A sample is both certified and attacked: a bound is unsound, or a forward pass is wrong.
+    Carries the witnesses: index of the sample, stage and bound, and the counterexample."""
+
+    def __init__(self, index, stage, bound, counterexample):
+        super().__init__(f"sample {index}: {stage} proves a margin of {bound:.3g}, yet a point of "
+                         "the ball is misclassified; a bound is unsound. Please report this with "
+                         "the network")
+        self.index, self.stage, self.bound = index, stage, bound
+        self.counterexample = counterexample
 
 
-def certify(net, x, y, eps, timeout=None, *, stages=RELAXATIONS, steps=40, restarts=3, batch=100,
-            seed=0, progress=lambda line: None):
+class Settings(NamedTuple):
+    """The arguments of certify()."""
+    eps: float
+    timeout: float
+    stages: list
+    steps: int
+    restarts: int
+    seed: int
+    tolerance: float
+
+
+def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=None, batch=100,
+            seed=0, tolerance=None, report=lambda verdict: None):
     """A list with one Verdict per sample, for the ball of radius eps (pixels) around each x.
 
     net: an nn.Sequential as relaxations.py supports it, in eval mode, on the device and in the
-    dtype of x.  x: (n, ...) in [0, 1].  y: (n,) labels.  timeout: seconds per sample; a sample that
-    has used them up enters no further stage (None: no limit).  stages: any of box, crown-ibp,
-    deeppoly, in this order.  steps, restarts: of the attack; restarts=0 leaves it out.
-    batch: samples bounded at once.
+    dtype of x.  x: (n, ...) in [0, 1].  y: (n,) labels.  timeout: seconds per sample; one that has
+    used them up enters no further stage, and its branching stops (None: no limit, so that branch
+    and bound settles every sample in the end).  stages: any of STAGES.  steps, restarts: of the
+    attack; restarts=None is one for each class, 0 leaves it out.  batch: samples bounded at once.
+    tolerance: go on until the smallest margin over the ball is known to so much, in float64:
+    bound <= margin <= bound + tolerance (None: until its sign is known).
+    report(verdict) is called for each sample as soon as it is settled.
 
     Raises ContradictionError if a sample is certified and attacked, ValueError for bad arguments.
     """
-    unknown = [s for s in stages if s not in RELAXATIONS]
-    if unknown or len(x) != len(y) or not 0 <= eps < float("inf"):
+    unknown = [s for s in stages if s not in STAGES]
+    tolerance = math.inf if tolerance is None else tolerance
+    if unknown or len(x) != len(y) or not 0 <= eps < math.inf or not tolerance > 0:
         raise ValueError(f"stages {unknown} are unknown, or {len(x)} images do not fit {len(y)} "
-                         f"labels, or eps={eps} is not a radius >= 0")
-    verdicts = []
+                         f"labels, or eps={eps} is no radius >= 0, or tolerance={tolerance} <= 0")
+    net = deepcopy(net).requires_grad_(False)
+    if tolerance < math.inf:
+        net, x, y = in_float64(net, x, y)
+    settings = Settings(eps, math.inf if timeout is None else timeout, stages, steps, restarts, seed,
+                        tolerance)
+    verdicts = [Verdict(index=i) for i in range(len(x))]
     for start in range(0, len(x), batch):
         part = slice(start, start + batch)
-        verdicts += _certify_batch(net, x[part], y[part], eps, timeout, stages, steps, restarts,
-                                   seed, start)
-        counts = Counter(v.status for v in verdicts)
-        progress(f"{len(verdicts)}/{len(x)}  " + "  ".join(f"{counts[s]} {s}" for s in STATUSES))
+        _certify_batch(net, x[part], y[part], settings, verdicts[part], report)
     return verdicts
 
 
-def _certify_batch(net, x, y, eps, timeout, stages, steps, restarts, seed, offset):
-    n, begun = len(x), time.time()
-    status, stage, points = ["unknown"] * n, [""] * n, [None] * n
-    bound = torch.full((n,), -torch.inf, dtype=torch.float64)
+def _certify_batch(net, x, y, settings, verdicts, report):
+    upper = _attacked(net, x, y, settings, verdicts)
+    for relax in [r for r in CERTIFY if r in settings.stages]:
+        _bounded_by(relax, net, x, y, settings, verdicts)
+    open_ = ("unknown",) if settings.tolerance == math.inf else ("unknown", "attacked", "certified")
+    left = [i for i, v in enumerate(verdicts) if v.status in open_ and v.seconds < settings.timeout]
+    if not {"alpha-crown", "branch-and-bound"} & set(settings.stages):
+        left = []
+    for i in sorted(set(range(len(x))) - set(left)):
+        report(verdicts[i])
+    if left:
+        _grow_trees(net, x[left], y[left], settings, [verdicts[i] for i in left],
+                    upper[left].tolist(), report)
 
-    correct = (forward_margin(net, x, y) > 0).tolist()
-    for i in range(n):
-        if not correct[i]:
-            status[i], stage[i] = "misclassified", "forward"
-    left = [i for i in range(n) if correct[i]]
-    if restarts and left:
-        found, margin = attack(net, x[left], y[left], eps, steps, restarts, seed)
-        for i, point, m in zip(left, found, margin.tolist()):
-            if m <= 0:
-                status[i], stage[i], points[i] = "attacked", "attack", point.clone()
-    seconds = [(time.time() - begun) / n] * n
-    for relax in stages:
-        left = [i for i in range(n) if status[i] in ("unknown", "attacked")
-                and (timeout is None or seconds[i] < timeout)]
-        if not left:
-            break
-        begun = time.time()
-        low = certified_margin(net, x[left], y[left], eps, relax, **CERTIFY[relax]).double().cpu()
-        bound[left] = torch.maximum(bound[left], low)
-        for i, m in zip(left, low.tolist()):
-            seconds[i] += (time.time() - begun) / len(left)
-            if m > 0 and status[i] == "attacked":
-                raise ContradictionError(
-                    f"sample {offset + i}: {relax} proves a margin of {m:.3g} at eps={eps}, yet a "
-                    "point of the ball is misclassified; a bound is unsound. Please report this "
-                    "with the network")
-            if m > 0:
-                status[i], stage[i] = "certified", relax
-    return [Verdict(*v) for v in zip(status, stage, bound.tolist(), seconds, points)]
+
+def _attacked(net, x, y, settings, verdicts):
+    """Forward pass and attack. Returns the smallest margins found, (B,) in float64."""
+    begun, upper = time.time(), forward_margin(net, x, y)
+    for v, margin in zip(verdicts, upper.tolist()):
+        if not margin > 0:
+            v.status, v.stage = "misclassified", "forward"
+    left = [i for i, v in enumerate(verdicts) if v.status == "unknown"]
+    if left and settings.restarts != 0:
+        restarts = net(x[:1]).shape[1] if settings.restarts is None else settings.restarts
+        points, upper[left] = attack(net, x[left], y[left], settings.eps, settings.steps, restarts,
+                                     settings.seed)
+        for i, point in zip(left, points):
+            if upper[i] <= 0:
+                verdicts[i].status, verdicts[i].stage = "attacked", "attack"
+                verdicts[i].counterexample = point.clone()
+    for v in verdicts:
+        v.spend("attack", (time.time() - begun) / len(x))
+    return upper
+
+
+def _bounded_by(relax, net, x, y, settings, verdicts):
+    """Certify what one of the incomplete relaxations can. What was attacked is bounded too."""
+    begun = time.time()
+    left = [i for i, v in enumerate(verdicts) if v.status in ("unknown", "attacked")
+            and v.seconds < settings.timeout]
+    low = certified_margin(net, x[left], y[left], settings.eps, relax, **CERTIFY[relax])
+    for i, bound in zip(left, low.tolist()):
+        v = verdicts[i]
+        v.spend(relax, (time.time() - begun) / len(left))
+        v.bound = max(v.bound, bound)
+        if bound > 0 and v.status == "attacked":
+            raise ContradictionError(v.index, relax, bound, v.counterexample)
+        if bound > 0:
+            v.status, v.stage = "certified", relax
+
+
+# ---------------------------------------------------------------------------------- branch and bound
+
+class Tables(NamedTuple):
+    """What all nodes of a batch share. N: neurons before all ReLUs, in the order of the network."""
+    stages: list
+    box: list             # (1, B, N_in) twice: the balls
+    l: torch.Tensor       # (B, N) bounds before the ReLUs over the whole ball
+    u: torch.Tensor
+    rows: torch.Tensor    # (B, K, K): the margins of sample b as functions of the logits
+    bias: torch.Tensor    # (N,) of the layer before each ReLU
+
+
+class Node(NamedTuple):
+    """A subdomain, and one margin to be bounded there. The first two fields order the heap."""
+    bound: float                # proved so far
+    order: int                  # unique
+    sample: int                 # its row in Tables
+    target: int                 # the class k of the margin
+    neurons: torch.Tensor       # (m,) the ReLUs cut, as indices 0..N-1
+    signs: torch.Tensor         # (m,) 1: z >= 0, -1: z <= 0
+    multipliers: torch.Tensor   # (m,) signs * beta
+    slopes: torch.Tensor        # (N,) alpha
+
+
+@dataclass
+class Tree:
+    """The nodes of one sample that are not settled yet, worst bound first."""
+    sample: int
+    verdict: Verdict
+    upper: float                # the smallest margin seen at a point of the ball, in float64
+    doubt: float                # how far a bound has to exceed the goal to need no float64
+    heap: list = field(default_factory=list)
+    proved: float = math.inf    # the smallest bound among settled nodes
+    stuck: bool = False         # a node could not be settled
+
+    def goal(self, tolerance):
+        """A node whose bound exceeds this is settled."""
+        goal = self.upper - tolerance
+        return max(goal, 0.0) if self.upper > 0 else goal
+
+    def bound(self):
+        return min(self.proved, self.heap[0].bound if self.heap else math.inf)
+
+    def pop(self, limit):
+        """The worst node; if more than limit are waiting, the last of the heap: mostly a young one,
+        so that the tree grows in depth and the heap no further."""
+        return heapq.heappop(self.heap) if len(self.heap) <= limit else self.heap.pop()
+
+    def add(self, node, tolerance):
+        if node.bound > self.goal(tolerance):
+            self.proved = min(self.proved, node.bound)
+        else:
+            heapq.heappush(self.heap, node)
+
+
+def _tables(net, x, y, eps, l, u):
+    stages, shapes = read_network(net, x.shape[1:])
+    eye = torch.eye(shapes[-1][0], dtype=x.dtype, device=x.device)
+    bias = [ops[-1].bias[0].repeat_interleave(torch.Size(shape).numel() // ops[-1].bias.shape[1])
+            for ops, shape in zip(stages, shapes[:-1])]
+    box = [(x - eps).clamp(min=0), (x + eps).clamp(max=1)]
+    return Tables(stages, [t.flatten(1)[None] for t in box], l, u, eye[y][:, None] - eye,
+                  torch.cat([x.new_zeros(0), *bias]))
+
+
+def _subdomains(tables, nodes):
+    """The nodes as one batch, in the dtype of the tables."""
+    sample, target = (torch.tensor(t, device=tables.l.device)
+                      for t in zip(*((node.sample, node.target) for node in nodes)))
+    l, u = tables.l[sample], tables.u[sample]
+    row = torch.arange(len(nodes)).repeat_interleave(torch.tensor([len(n.neurons) for n in nodes]))
+    cut = row.to(l.device), torch.cat([node.neurons for node in nodes]).to(l.device)
+    signs = torch.zeros_like(l).index_put(cut, torch.cat([n.signs for n in nodes]).to(l))
+    multipliers = torch.zeros_like(l).index_put(cut, torch.cat([n.multipliers for n in nodes]).to(l))
+    return Subdomains(tables.rows[sample, target], [t[:, sample] for t in tables.box],
+                      l.masked_fill(signs > 0, 0), u.masked_fill(signs < 0, 0), signs,
+                      torch.stack([node.slopes for node in nodes]).to(l), multipliers)
+
+
+def _bounded(tables, wide, nodes, trees, tolerance, steps):
+    """The nodes with bounds raised by beta-CROWN; those that come near the goal, from float64."""
+    sub = _subdomains(tables, nodes)
+    goals, doubts = (torch.tensor(t, dtype=torch.float64) for t in zip(*(
+        (trees[node.sample].goal(tolerance), trees[node.sample].doubt) for node in nodes)))
+    low, *free = subdomain_bounds(tables.stages, sub, steps, (goals + doubts).to(sub.l))
+    low = low.cpu().double()
+    nodes = [node._replace(slopes=s.clone(), multipliers=m[node.neurons])
+             for node, s, m in zip(nodes, *free)]
+    near = ((low > goals) & (low <= goals + doubts)).nonzero().flatten().tolist()
+    if near:
+        again = _subdomains(wide, [nodes[i] for i in near])
+        low[near] = subdomain_bounds(wide.stages, again)[0].cpu()
+    return [node._replace(bound=max(node.bound, b)) for node, b in zip(nodes, low.tolist())]
+
+
+def _branch(tables, nodes, goals):
+    """Where to cut each node, and a point of the ball where its relaxation is smallest.
+
+    Filtered smart branching (De Palma et al. 2021): two scores of every unstable ReLU propose
+    candidates, both halves of each cut are bounded without ascent, and the best product of gains
+    wins. With a the coefficient of relu(z) and t, s the intercept and slope of its upper line,
+        chord   |a- t|, how much the upper line costs the bound;
+        BaBSR   |a- t + max(a b (s - 1), a b s)|, b the bias: the same, less what one half loses
+                by z no longer being free (Bunel et al. 2020).
+    Returns neurons, a list (n,) with None where all ReLUs are stable, and points (n, N_in).
+    """
+    sub, trace = _subdomains(tables, nodes), []
+    low = subdomain_bounds(tables.stages, sub, trace=trace)[0]
+    points = torch.where(trace[0] > 0, *(t[0] for t in sub.box))
+    unstable = (sub.l < 0) & (sub.u > 0)
+    if not unstable.any():
+        return [None] * len(nodes), points
+    a, s = torch.cat(trace[1:], 1), torch.where(unstable, sub.u / (sub.u - sub.l), 0.0)
+    chord = a.clamp(max=0) * -s * sub.l
+    babsr = (chord + a * tables.bias * torch.where(a * tables.bias > 0, s, s - 1)).abs()
+    k = min(CANDIDATES, a.shape[1])
+    tried = torch.cat([score.where(unstable, -1).topk(k)[1] for score in (babsr, -chord)], 1)
+    rows = torch.arange(len(nodes), device=a.device).repeat_interleave(4 * k)
+    half = [t[:, rows] for t in sub.box]
+    half = Subdomains(*(half if isinstance(t, list) else t[rows] for t in sub))
+    one, neuron = torch.arange(len(rows), device=a.device), tried.repeat_interleave(2, 1).flatten()
+    half.l[one[::2], neuron[::2]] = 0
+    half.u[one[1::2], neuron[1::2]] = 0
+    gain = subdomain_bounds(tables.stages, half)[0].view(len(nodes), 2 * k, 2)
+    gain = gain.minimum(torch.tensor(goals).to(gain)[:, None, None]) - low[:, None, None]
+    gain = gain.clamp(min=1e-6).prod(-1).where(unstable.gather(1, tried), -1)
+    best = tried.gather(1, gain.argmax(1, keepdim=True)).flatten().tolist()
+    return [j if unstable[i, j] else None for i, j in enumerate(best)], points
+
+
+def _halves(node, neuron, order):
+    """The two nodes that cutting at a neuron makes of one; together they cover it."""
+    for sign in (1.0, -1.0):
+        yield node._replace(
+            order=next(order), neurons=torch.cat([node.neurons, node.neurons.new_tensor([neuron])]),
+            signs=torch.cat([node.signs, node.signs.new_tensor([sign])]),
+            multipliers=torch.cat([node.multipliers, node.multipliers.new_zeros(1)]))
+
+
+def _try_points(net, x, y, eps, points, nodes, trees):
+    """Keep the worst of the points (n, N_in) for each tree; one with a margin <= 0 settles it."""
+    sample = torch.tensor([node.sample for node in nodes], device=x.device)
+    low, high = ball(x[sample], eps)
+    points = points.to(x).view(low.shape).clamp(low, high)
+    logits = net(points)
+    margins = smallest(logits.gather(1, y[sample, None]) - logits, y[sample]).tolist()
+    for tree in trees:
+        mine = [i for i, node in enumerate(nodes) if node.sample == tree.sample]
+        i = min(mine, key=margins.__getitem__, default=None)
+        if i is None or margins[i] > tree.upper + tree.doubt:
+            continue
+        v, margin = tree.verdict, forward_margin(net, points[i:i + 1], y[sample[i:i + 1]]).item()
+        tree.upper = min(tree.upper, margin)
+        if margin <= 0 and tree.verdict.status == "certified":
+            raise ContradictionError(v.index, v.stage, v.bound, points[i])
+        if margin <= 0 and v.status == "unknown":
+            v.status, v.stage, v.counterexample = "attacked", "branch-and-bound", points[i].clone()
+
+
+def _settle_linear(wide, node):
+    """A node without unstable ReLUs: its exact minimum and where it is, in float64.
+
+    The network is affine there: minimise it subject to the signs of the ReLUs that were cut. What
+    the linear program finds is only used through _try_points and, as multipliers, through
+    subdomain_bounds, so nothing rests on its accuracy.
+    """
+    sub = _subdomains(wide, [node._replace(multipliers=torch.zeros_like(node.multipliers))])
+    signs, active = sub.signs[0, node.neurons], (sub.l >= 0).to(sub.l)
+
+    def outputs(x):
+        z, logits = pinned_forward(wide.stages, active, x[None])
+        return torch.cat([signs * z[0, node.neurons], (sub.rows * logits).sum(1)])
+
+    low, high = (t[0, 0] for t in sub.box)
+    values, J = outputs(low), jacrev(outputs)(low)
+    program = J[-1], J[:-1], J[:-1] @ low - values[:-1], low, high
+    x, tries = linear_program(*(t.cpu().numpy() for t in program))
+    bound = -math.inf
+    for beta in tries:
+        sub.multipliers[0, node.neurons] = signs * torch.from_numpy(beta).to(signs)
+        bound = max(bound, subdomain_bounds(wide.stages, sub)[0].item())
+    return bound, low if x is None else torch.from_numpy(x)
+
+
+def linear_program(c, G, h, low, high):
+    """min c.x  subject to  G x >= h and low <= x <= high, by the dual simplex method.
+
+    Returns x (None if infeasible) and a list of multipliers beta >= 0 to try: at the last of them,
+    min over low <= x <= high of c.x - beta.(G x - h) is the optimum, or, if infeasible, large.
+
+    Each variable v, that is x or a slack w = G x - h >= 0, is either at one of its ends ("at", n of
+    them) or basic: basic = T at + t. The start is dual feasible whatever c is, because x is bounded
+    on both sides: every x at the end that c prefers.
+    """
+    (m, n), tiny = G.shape, 1e-9
+    lo, hi = np.concatenate([low, np.zeros(m)]), np.concatenate([high, np.full(m, np.inf)])
+    T, t = np.vstack([G, c]), np.append(-h, 0.0)           # the last row is the objective
+    ends, basic = np.arange(n), n + np.arange(m)
+    top = c < 0                                            # at the upper end?
+    for _ in range(50 * (m + n)):
+        at = np.where(top, hi[ends], lo[ends])
+        v = T[:m] @ at + t[:m]
+        outside = np.maximum(lo[basic] - v, v - hi[basic])
+        r = outside.argmax() if m else 0
+        if not m or outside[r] <= tiny:
+            x, beta = np.empty(n), np.zeros(m)
+            for var, value in zip([*ends, *basic], [*at, *v]):
+                if var < n:
+                    x[var] = value
+            slack = ends >= n
+            beta[ends[slack] - n] = T[m, slack].clip(0)
+            return x, [beta]
+        up = 1 if v[r] < lo[basic[r]] else -1              # where basic variable r has to go
+        helps = up * T[r] * np.where(top, -1, 1)           # what moving each from its end does
+        ratio = np.where(helps > tiny, np.abs(T[m]) / np.maximum(helps, tiny), np.inf)
+        j = ratio.argmin() if n else 0
+        if not np.isfinite(ratio[j]):                      # nothing helps: row r proves infeasibility
+            beta, slack = np.zeros(m), ends >= n
+            beta[ends[slack] - n] = (-up * T[r, slack]).clip(0)
+            if basic[r] >= n:
+                beta[basic[r] - n] = 1
+            return None, [beta * 10.0 ** k for k in range(-2, 11)]
+        row = np.append(-T[r] / T[r, j], -t[r] / T[r, j])  # solve row r for the j-th end
+        row[j] = 1 / T[r, j]
+        column = T[:, j].copy()
+        T[:, j] = 0
+        T, t = T + np.outer(column, row[:-1]), t + column * row[-1]
+        T[r], t[r] = row[:-1], row[-1]
+        ends[j], basic[r], top[j] = basic[r], ends[j], up < 0
+    return None, []
+
+
+def _plant(net, x, y, settings, verdicts, upper):
+    """Tables in the dtype of x and in float64, and a tree per sample: its roots are the margins
+    that alpha-CROWN leaves open, with slopes of their own for each."""
+    eps, tolerance = settings.eps, settings.tolerance
+    bounds = preactivation_bounds(net, x, eps, "alpha-crown", skip_stable=True)
+    empty, order = x.new_zeros(len(x), 0), itertools.count()
+    l, u = (torch.cat([empty, *(pair[side].flatten(1) for pair in bounds)], 1) for side in (0, 1))
+    tables, slopes = _tables(net, x, y, eps, l, u), adaptive(l, u)
+    wide = _tables(*in_float64(net, x, y), eps, *in_float64(net, l, u)[1:])
+    trees, none = [], torch.zeros(0)
+    for i, v in enumerate(verdicts):
+        scale = max(1.0, -v.bound) if v.bound > -math.inf else 1.0
+        trees.append(Tree(i, v, upper[i], CLOSE * scale if x.dtype == torch.float32 else 0.0))
+    roots = [Node(v.bound, next(order), i, k, none.long(), none, none, slopes[i])
+             for i, v in enumerate(verdicts) for k in range(tables.rows.shape[1]) if k != y[i]]
+    for start in range(0, len(roots), 4 * WIDTH):
+        part = roots[start:start + 4 * WIDTH]
+        for node in _bounded(tables, wide, part, trees, tolerance, STEPS):
+            trees[node.sample].add(node, tolerance)
+    return tables, wide, trees, order
+
+
+def _grow(net, x, y, settings, tables, wide, trees, active, order):
+    """Cut the worst nodes of the active trees and bound their halves. How many of each tree."""
+    quota, limit = max(1, WIDTH // len(active)), STORE // (TREES * max(1, tables.l.shape[1]))
+    nodes = [tree.pop(limit) for tree in active for _ in range(min(quota, len(tree.heap)))]
+    goals = [trees[node.sample].goal(settings.tolerance) for node in nodes]
+    neurons, points = _branch(tables, nodes, goals)
+    _try_points(net, x, y, settings.eps, points, nodes, active)
+    halves = [half for node, neuron in zip(nodes, neurons) if neuron is not None
+              for half in _halves(node, neuron, order)]
+    if halves:
+        for half in _bounded(tables, wide, halves, trees, settings.tolerance, NODE_STEPS):
+            trees[half.sample].add(half, settings.tolerance)
+    for node in [node for node, neuron in zip(nodes, neurons) if neuron is None]:
+        tree = trees[node.sample]
+        bound, point = _settle_linear(wide, node)
+        _try_points(net, x, y, settings.eps, point[None], [node], [tree])
+        bound = max(bound, node.bound)
+        tree.proved = min(tree.proved, bound)
+        tree.stuck |= not bound > tree.goal(settings.tolerance)
+    return Counter(node.sample for node in nodes)
+
+
+def _grow_trees(net, x, y, settings, verdicts, upper, report):
+    """Settle samples by alpha-CROWN, at the roots, and by branch and bound."""
+    begun = time.time()
+    tables, wide, trees, order = _plant(net, x, y, settings, verdicts, upper)
+    for v in verdicts:
+        v.spend("alpha-crown", (time.time() - begun) / len(verdicts))
+
+    def over(tree):
+        v, sign_is_enough = tree.verdict, settings.tolerance == math.inf
+        return not tree.heap or "branch-and-bound" not in settings.stages \
+            or v.seconds > settings.timeout or sign_is_enough and (
+                tree.stuck or v.status == "attacked")
+
+    waiting = list(trees)
+    stage = "alpha-crown" if "alpha-crown" in settings.stages else "branch-and-bound"
+    while waiting:
+        for tree in [tree for tree in waiting if over(tree)]:
+            v = tree.verdict
+            v.bound = max(v.bound, tree.bound())
+            if v.bound > 0 and v.status == "attacked":
+                raise ContradictionError(v.index, stage, v.bound, v.counterexample)
+            if v.bound > 0 and v.status == "unknown":
+                v.status, v.stage = "certified", stage
+            waiting.remove(tree)
+            report(v)
+        stage, begun, active = "branch-and-bound", time.time(), waiting[:TREES]
+        if active:
+            cut = _grow(net, x, y, settings, tables, wide, trees, active, order)
+            for sample, nodes in cut.items():
+                verdicts[sample].spend(stage, (time.time() - begun) * nodes / cut.total())
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -118,7 +499,7 @@ def _certify_batch(net, x, y, eps, timeout, stages, steps, restarts, seed, offse
 def summary(verdicts, stages):
     """The final table, as lines of text: counts that add up to the number of samples."""
     n, counts = len(verdicts), Counter(v.status for v in verdicts)
-    settled = Counter(v.stage for v in verdicts)
+    settled = Counter(v.stage for v in verdicts if v.status == "certified")
     def line(title, k):
         return f"  {title:34}{100 * k / n:7.2f} %   {k}/{n}"
     lines = [line("natural accuracy", n - counts["misclassified"]),
@@ -127,6 +508,9 @@ def summary(verdicts, stages):
     for stage in stages:
         total += settled[stage]
         lines.append(line(f"certified up to {stage}", total))
+    spent = sum((Counter(v.seconds_by_stage) for v in verdicts), Counter())
+    lines.append("  seconds: " + ", ".join(f"{s} {spent[s]:.1f}" for s in ("attack", *STAGES)
+                                           if s in spent))
     lines.append("  " + " + ".join(f"{counts[s]} {s}" for s in STATUSES) + f" = {n} samples, "
                  f"{sum(v.seconds for v in verdicts):.1f} s")
     return lines
@@ -154,7 +538,8 @@ def open_log(path, header):
             same = bool(rows) and rows[0] == header
             for r in rows[1:] if same else []:
                 bound = -math.inf if r["bound"] is None else r["bound"]
-                known[r["index"]] = Verdict(r["status"], r["stage"], bound, r["seconds"])
+                known[r["index"]] = Verdict(r["status"], r["stage"], bound, r["seconds"],
+                                            seconds_by_stage=r["seconds_by_stage"])
         except (ValueError, KeyError, TypeError):
             same = False
         if lines and not same:
@@ -173,10 +558,13 @@ def parse_args(argv):
     p.add_argument("run", nargs="?", help="run folder of train.py; default: the newest under runs/")
     p.add_argument("--eps", type=number(0, 1), help="radius in pixels; default: the run's")
     p.add_argument("--samples", type=count(1), help="first N test images; default: the run's")
-    p.add_argument("--relax", nargs="+", choices=RELAXATIONS, default=list(RELAXATIONS),
-                   help="bounds to try; default: all")
+    p.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
+                   help=f"of {', '.join(STAGES)}; default: all")
+    p.add_argument("--timeout", type=number(0, math.inf), default=30.0,
+                   help="seconds for each image; default: 30")
     p.add_argument("--steps", type=count(1), default=40, help="of the attack")
-    p.add_argument("--restarts", type=count(0), default=3, help="of the attack; 0: no attack")
+    p.add_argument("--restarts", type=count(0),
+                   help="of the attack; 0: no attack; default: one for each class")
     p.add_argument("--batch-size", type=count(1), default=100)
     p.add_argument("--seed", type=count(0), default=0)
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -197,12 +585,14 @@ def main(argv=None):
                          f"{list(data.x_test.shape[1:])} of {data.classes}")
     eps = config["eps"] if args.eps is None else args.eps
     n = min(len(data.x_test), args.samples or config["test_subset"] or len(data.x_test))
-    stages = [r for r in RELAXATIONS if r in args.relax]
+    stages = [s for s in STAGES if s in args.stages]
     path = Path(args.out) if args.out else folder / f"certify-eps{eps:.6g}.jsonl"
-    attack_settings = dict(steps=args.steps, restarts=args.restarts, seed=args.seed)
-    header = dict(run=folder.resolve().name, eps=eps, stages=stages, **attack_settings)
+    points = path.with_suffix(".counterexamples")
+    restarts = data.classes if args.restarts is None else args.restarts
+    settings = dict(stages=stages, timeout=args.timeout, steps=args.steps, restarts=restarts,
+                    seed=args.seed)
     try:
-        known, file = open_log(path, header)
+        known, file = open_log(path, dict(run=folder.resolve().name, eps=eps, **settings))
     except OSError as e:
         raise InputError(f"--out {path} cannot be written ({e})") from None
     print(f"{folder}: {config['net']} trained by {config['relax']}, {config['opt']}; "
@@ -210,26 +600,35 @@ def main(argv=None):
           + (f", {len(known)} verdicts already in {path}" if known else ""))
     net.to(device)
     show, begun, todo = Progress(), time.time(), [i for i in range(n) if i not in known]
+
+    def report(v):
+        i = todo[v.index]
+        known[i] = v
+        row = dict(index=i, label=int(data.y_test[i]), status=v.status, stage=v.stage,
+                   bound=v.bound if v.bound > -math.inf else None, seconds=v.seconds,
+                   seconds_by_stage=v.seconds_by_stage)
+        if v.counterexample is not None:
+            row["counterexample"] = f"{points.name}/{i}.npy"
+            points.mkdir(exist_ok=True)
+            np.save(points / f"{i}.npy", v.counterexample.cpu().numpy())
+        print(json.dumps(row), file=file, flush=True)
+        counts, done = Counter(v.status for v in known.values()), len(known) - n + len(todo)
+        left = (time.time() - begun) / done * (len(todo) - done)
+        show(f"{len(known)}/{n}  " + "  ".join(f"{counts[s]} {s}" for s in STATUSES)
+             + f"  {duration(left)} left")
+
     with file:
-        for k in range(0, len(todo), args.batch_size):
-            part = todo[k:k + args.batch_size]
-            x, y = data.x_test[part].to(device), data.y_test[part].to(device)
-            try:
-                verdicts = certify(net, x, y, eps, stages=stages, batch=args.batch_size,
-                                   **attack_settings)
-            except ContradictionError as e:
-                print(f"abort: among the test images {part[0]} to {part[-1]}, {e}", file=sys.stderr)
-                sys.exit(1)
-            for i, v in zip(part, verdicts):
-                known[i] = v
-                row = dict(index=i, label=int(data.y_test[i]), status=v.status, stage=v.stage,
-                           bound=v.bound if v.bound > -math.inf else None, seconds=v.seconds)
-                print(json.dumps(row), file=file, flush=True)
-            counts, done = Counter(v.status for v in known.values()), k + len(part)
-            left = (time.time() - begun) / done * (len(todo) - done)
-            show(f"{len(known)}/{n}  " + "  ".join(f"{counts[s]} {s}" for s in STATUSES)
-                 + f"  {duration(left)} left")
-    show.done(f"verdicts in {path}:")
+        x, y = data.x_test[todo].to(device), data.y_test[todo].to(device)
+        try:
+            certify(net, x, y, eps, batch=args.batch_size, report=report, **settings)
+        except ContradictionError as e:
+            points.mkdir(exist_ok=True)
+            witness = points / f"contradiction-{todo[e.index]}.npy"
+            np.save(witness, e.counterexample.cpu().numpy())
+            print(f"abort: test image {todo[e.index]} is certified and attacked: {e}. The "
+                  f"counterexample is in {witness}", file=sys.stderr)
+            sys.exit(1)
+    show.done(f"verdicts in {path}, counterexamples in {points}:")
     print("\n".join(summary([known[i] for i in range(n)], stages)))
 
 

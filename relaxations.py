@@ -6,18 +6,23 @@ and everything here returns numbers that hold for *every* x' in B(x): lower and 
 pre-activations, and lower bounds of the margins logit[y] - logit[k]. If all margins k != y have a
 positive lower bound, no perturbation of radius eps changes the prediction: the image is certified.
 
-Three relaxations, one engine. They differ only in two choices:
+Four relaxations, one engine. They differ only in two choices:
 
-    relax        bounds before each ReLU             bound of the margins
-    "box"        interval arithmetic                 interval arithmetic, last layer exact
-    "crown-ibp"  interval arithmetic                 back-substitution
-    "deeppoly"   back-substitution, layer by layer   back-substitution
+    relax          bounds before each ReLU             bound of the margins
+    "box"          interval arithmetic                 interval arithmetic, last layer exact
+    "crown-ibp"    interval arithmetic                 back-substitution
+    "deeppoly"     back-substitution, layer by layer   back-substitution
+    "alpha-crown"  as deeppoly, but every row of both chooses its own lower slopes, by ascent
 
-    box        Gowal et al. 2018, "On the effectiveness of interval bound propagation" (IBP)
-    crown-ibp  Zhang et al. 2020, "Towards stable and efficient training of verifiably robust NNs"
-    deeppoly   Singh et al. 2019, "An abstract domain for certifying neural networks"; the same
-               bound as CROWN, Zhang et al. 2018, "Efficient neural network robustness
-               certification with general activation functions"
+    box          Gowal et al. 2018, "On the effectiveness of interval bound propagation" (IBP)
+    crown-ibp    Zhang et al. 2020, "Towards stable and efficient training of verifiably robust
+                 neural networks"
+    deeppoly     Singh et al. 2019, "An abstract domain for certifying neural networks"; the same
+                 bound as CROWN, Zhang et al. 2018, "Efficient neural network robustness
+                 certification with general activation functions"
+    alpha-crown  Xu et al. 2021, "Fast and complete: enabling complete verification with rapid and
+                 massively parallel incomplete verifiers"; see "free choices" below, and there
+                 beta-CROWN, which certify.py needs for branch and bound
 
 Back-substitution in four lines. To bound a row a.z + d from below, where z = W h + b and
 h = relu(z'): (1) replace z by W h + b, which is exact; (2) replace each h_j by a line in z'_j that
@@ -47,10 +52,12 @@ from torch.utils.checkpoint import checkpoint
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 
-RELAXATIONS = ("box", "crown-ibp", "deeppoly")
+RELAXATIONS = ("box", "crown-ibp", "deeppoly", "alpha-crown")
 # How many coefficients one pass holds, and so the memory. On a CPU, 16 MB of float32: a chunk that
 # stays in the cache is faster than one pass over everything, although the backward pass redoes it.
 CHUNK = {"cpu": 2 ** 22, "cuda": 2 ** 27, "mps": 2 ** 27}
+# The ascent of alpha-CROWN: its length, and Adam's first step for slopes and for multipliers.
+STEPS, RATES = 20, (0.3, 0.2)
 
 
 # ---------------------------------------------------------------------------------- the network
@@ -399,14 +406,16 @@ def _conv_transpose(A, op):
     return A.reshape(M, P, -1).transpose(0, 1)
 
 
-def _through_relu(A, d, lower, upper, intercept):
+def _through_relu(A, d, lower, upper, intercept, multiplier=None):
     """Each relu(z) by its lower line where its coefficient is positive, its upper line where not.
 
-    A+ (lower z) + A- (upper z + intercept), where A = A+ + A-. Slopes (P, B, G, 1, F).
+    A+ (lower z) + A- (upper z + intercept), where A = A+ + A-. Slopes (P, B, G, 1 or R, F).
+    multiplier: Lagrange multipliers of the sign of z, (P, B, G, R, F); see "free choices".
     """
     negative = A.clamp(max=0)
     d = d + _dot(negative, intercept)
-    return torch.addcmul(A * lower, negative, upper - lower), d
+    A = torch.addcmul(A * lower, negative, upper - lower)
+    return A if multiplier is None else A - multiplier, d
 
 
 def _minimum(A, d, lower, upper):
@@ -421,11 +430,14 @@ def _dot(A, v):
     return (A @ v.mT).squeeze(-1)
 
 
-def _lower_bounds(A, d, window, shape, rows, stages, bottom, relus, box):
+def _lower_bounds(A, d, window, shape, rows, stages, bottom, relus, box, free=None, trace=None):
     """Sound lower bounds, (P, B, G, R), of A h + d, where h are the outputs of stages[-1].
 
     Substitutes backwards through the stages and the ReLUs between them, down to and with
     stages[bottom], whose inputs lie in box. shape is that of h, rows and window say what A sees.
+    free: {s: Free} for the ReLU after stages[s], to use instead of the rule's lower slope; where it
+    lacks one, the rule's is used and put in. trace: a list that collects the coefficients of each
+    ReLU's outputs, top down, and last of the inputs.
     """
     top = len(stages) - 1
     for s in range(top, bottom - 1, -1):
@@ -437,8 +449,17 @@ def _lower_bounds(A, d, window, shape, rows, stages, bottom, relus, box):
                 A = A * _take(inside, window, shape, rows)
             A, d, window = _through_affine(A, d, window, op, rows)
             shape = op.in_shape
+        if trace is not None:
+            trace.append(A)
         if s > bottom:
-            A, d = _through_relu(A, d, *(_take(t, window, shape, rows) for t in relus[s - 1]))
+            lower, upper, intercept = (_take(t, window, shape, rows) for t in relus[s - 1])
+            multiplier = None
+            if free is not None:
+                if s - 1 not in free:
+                    each = lower.expand(torch.broadcast_shapes(A.shape, lower.shape))
+                    free[s - 1] = Free(each, limits=(upper.floor(), upper.ceil()))
+                lower, multiplier = free[s - 1][:2]
+            A, d = _through_relu(A, d, lower, upper, intercept, multiplier)
     return _minimum(A, d, *(_take(t, window, shape, rows) for t in box))
 
 
@@ -500,14 +521,17 @@ def _back_substituted(s, stages, relus, box, chunk):
     return low[:, :, :, 0].flatten(2), -low[:, :, :, 1].flatten(2)
 
 
-def _tightened(l, u, s, stages, relus, box, chunk):
-    """(l, u), tightened by back-substitution of the neurons that it leaves unstable, only those."""
+def _tightened(l, u, s, stages, relus, box, chunk, steps=0):
+    """(l, u), tightened by back-substitution of the neurons that it leaves unstable, only those.
+
+    With steps, each row raises its own bound over its own lower slopes (alpha-CROWN).
+    """
     op, below = stages[s][-1], [*stages[:s], stages[s][:-1]]
     unstable = (l < 0) & (u > 0)
     member, sample, neuron = where = unstable.nonzero(as_tuple=True)
     if not len(member):
         return l, u
-    if len(member) > l.numel() / 2:    # picking most rows one by one costs more than taking all
+    if len(member) > l.numel() / 2 and not steps:    # picking most rows one by one costs more than taking all
         low, high = _back_substituted(s, stages, relus, box, chunk)
         return (torch.where(unstable, torch.maximum(l, low), l),
                 torch.where(unstable, torch.minimum(u, high), u))
@@ -525,18 +549,144 @@ def _tightened(l, u, s, stages, relus, box, chunk):
         b, j = picks[:, t:t + U] // (G * O), picks[:, t:t + U] % (G * O)
         entry = (p, j % G if W.shape[1] > 1 else 0, j // G)
         A, d = torch.stack((W[entry], -W[entry]), 2), torch.stack((c[entry], -c[entry]), 2)
-        low = _lower_bounds(A[:, :, None], d[:, :, None], window, op.in_shape,
-                            Rows(rows.positions, p * B + b, j % G), below, 0, relus, box)
-        return low.view(P, -1, 2)
+        def low(free):
+            return _lower_bounds(A[:, :, None], d[:, :, None], window, op.in_shape,
+                                 Rows(rows.positions, p * B + b, j % G), below, 0, relus, box, free)
+
+        return _with_best_slopes(low, steps).view(P, -1, 2)
 
     low = torch.cat(_in_chunks(bound, [(t,) for t in range(0, picks.shape[1], U)]), 1)[member, slot]
     return (l.index_put(where, torch.maximum(l[where], low[:, 0])),
             u.index_put(where, torch.minimum(u[where], -low[:, 1])))
 
 
+# ------------------------------------------------------------------------------------ free choices
+# Two things in a back-substituted bound may be chosen at will, row by row. Every choice is sound,
+# a good one is tight: alpha-CROWN and beta-CROWN raise the bound by gradient ascent on them.
+#
+# alpha, the slope of the lower line of an unstable ReLU: anything in [0, 1] (Xu et al. 2021).
+#
+# beta, for branch and bound (Wang et al. 2021, "Beta-CROWN: efficient bound propagation with
+# per-neuron split constraints for neural network robustness verification"). A subdomain S of the ball consists of
+# the points where some pre-activations have a given sign, s_j z_j >= 0 with s_j = 1 or -1. That
+# makes those ReLUs linear, but leaves the constraints themselves unused. For any beta_j >= 0,
+#     min over S of f(x)  >=  min over S of     f(x) - sum_j beta_j s_j z_j(x)    (subtracts >= 0)
+#                         >=  min over ball of  f(x) - sum_j beta_j s_j z_j(x)    (S is part of it)
+# and the last is bounded by back-substitution as ever: once its ReLU is passed, the coefficient a_j
+# of z_j becomes a_j - s_j beta_j. beta = 0 gives the old bound back. With the best beta the bound
+# is that of the linear program with all constraints; if S is empty, it grows beyond all limits.
+
+class Free(NamedTuple):
+    """What rows may choose at one ReLU, (P, B, G, R, F) each."""
+    slope: torch.Tensor                # of the lower line, between those of limits
+    multiplier: torch.Tensor = None    # s beta; None: 0
+    limits: tuple = None               # of the slope: 0 and 1 where unstable, else both the slope
+
+
+def pinned_forward(stages, active, x):
+    """Pre-activations (B, N) before all ReLUs and logits (B, K) of inputs x (B, N_in), with each
+    relu(z) replaced by active * z, active (B, N): affine in x; the network itself where the active
+    neurons have z >= 0 and the others z <= 0."""
+    before, h, n = [x.new_zeros(len(x), 0)], x[None], 0
+    for s, ops in enumerate(stages):
+        for op in ops:
+            h = _forward(op, h, op.weight, op.bias)
+        if s < len(stages) - 1:
+            before.append(h[0])
+            h = h * active[:, n:n + h.shape[-1]]
+            n += h.shape[-1]
+    return torch.cat(before, 1), h[0]
+
+
+def _ascend(bound, free, limits, rates, steps, target=torch.inf):
+    """Raise the bound of every row by projected Adam on what is free: (best bounds, choices).
+
+    bound(free) -> (...); each tensor of free is (..., F), F numbers for each row. limits has its
+    (lowest, highest), rates its first step size. The given choices are tried first, and each row
+    keeps its best ones, so no row gets looser. Stops early when all bounds exceed target.
+    """
+    free = [t.detach().clone().requires_grad_() for t in free]
+    optimizer = torch.optim.Adam([{"params": t, "lr": r} for t, r in zip(free, rates)],
+                                 maximize=True, fused=True)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    best, chosen = -torch.inf, [t.detach().clone() for t in free]
+    for step in range(steps + 1):
+        with torch.enable_grad():
+            low = bound(free)
+            total = low.sum()                              # rows share nothing that is free
+        better = low.detach() > best
+        best = torch.where(better, low.detach(), best)
+        for t, c in zip(free, chosen):
+            c.copy_(torch.where(better[..., None], t.detach(), c))
+        if step == steps or (best > target).all():
+            return best, chosen
+        optimizer.zero_grad()
+        total.backward(inputs=free)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for t, (lowest, highest) in zip(free, limits):
+                t.clamp_(lowest, highest)
+
+
+def _with_best_slopes(bound, steps):
+    """max of bound(free) over the lower slopes of each row, from the rule's slopes (alpha-CROWN)."""
+    rule = {}
+    first = bound(rule)
+    if not rule or not steps:
+        return first
+    names, limits = list(rule), [free.limits for free in rule.values()]
+    return _ascend(lambda slopes: bound({s: Free(t) for s, t in zip(names, slopes)}),
+                   [free.slope for free in rule.values()], limits, [RATES[0]] * len(names), steps)[0]
+
+
+class Subdomains(NamedTuple):
+    """B parts of balls, on each of which one linear function of the logits is to be bounded.
+
+    N counts the neurons before all ReLUs, in the order of the network.
+    """
+    rows: torch.Tensor          # (B, K) the functions
+    box: list                   # lower and upper bounds of the input, (1, B, N_in) each
+    l: torch.Tensor             # (B, N) bounds before the ReLUs
+    u: torch.Tensor
+    signs: torch.Tensor         # (B, N) 1 or -1 where the part has s z >= 0, else 0
+    slopes: torch.Tensor        # (B, N) lower slopes, used where l < 0 < u
+    multipliers: torch.Tensor   # (B, N) s beta
+
+
+def subdomain_bounds(stages, sub, steps=0, target=torch.inf, trace=None):
+    """Sound lower bounds (B,) of the functions on their subdomains; and the slopes and multipliers
+    (B, N) that give them, the given ones or better by so many steps of ascent.
+
+    trace: with steps=0, a list to be filled with the coefficients (B, ...) of each ReLU's outputs,
+    bottom up, after those of the input: the bound is linear in them.
+    """
+    def by_relu(t, *lead):
+        return [part.reshape(*lead, part.shape[-1]) for part in t.split(sizes, -1)]
+
+    def bound(choices):
+        parts = zip(*(by_relu(t, 1, -1, 1, 1) for t in choices))
+        return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, sub.rows.shape[1:], Rows((1, 1)),
+                             stages, 0, relus, sub.box, {s: Free(*p) for s, p in enumerate(parts)},
+                             found)[0, :, 0, 0]
+
+    sizes = [torch.Size(ops[-1].out_shape).numel() for ops in stages[:-1]]
+    relus = [relax_relu(l, u) for l, u in zip(by_relu(sub.l, 1, -1), by_relu(sub.u, 1, -1))]
+    A, found = sub.rows[None, :, None, None], None if trace is None else []
+    upper = torch.cat([relu.upper[0] for relu in relus], -1)
+    zero = torch.zeros_like(upper)
+    limits = [(upper.floor(), upper.ceil()),
+              (zero.masked_fill(sub.signs < 0, -torch.inf), zero.masked_fill(sub.signs > 0, torch.inf))]
+    choices = [t.clamp(*limit) for t, limit in zip((sub.slopes, sub.multipliers), limits)]
+    low, choices = _ascend(bound, choices, limits, RATES, steps, target) if steps else (bound(choices), choices)
+    if trace is not None:
+        trace += [A[0, :, 0, 0] for A in reversed(found)]
+    return low, *choices
+
+
 # ------------------------------------------------------------------------------------- the bounds
 
-def _prepare(net, x, eps, relax, params):
+def prepare(net, x, eps, relax, params):
     """Check the input; returns the stages, the shapes at their ends, and the input set as a
     box (P or 1, B, N). Elementwise layers that come first (normalisation) map boxes to boxes
     exactly, so they are applied to the box and taken off the stages."""
@@ -565,41 +715,45 @@ def _prepare(net, x, eps, relax, params):
     return stages, shapes, box
 
 
-def _intermediate(stages, box, relax, slope, skip_stable, chunk):
+def _intermediate(stages, box, relax, slope, skip_stable, chunk, steps=0):
     """Bounds [(l, u), ...] before each ReLU, (P, B, N) each."""
     chunk = chunk or CHUNK[box[0].device.type]
     bounds, relus, inputs = [], [], box
     for s, ops in enumerate(stages[:-1]):
         # Interval bounds of a single first layer are exact: nothing is gained by substitution.
-        substitute = relax == "deeppoly" and ops and (s > 0 or len(ops) > 1)
+        substitute = relax in ("deeppoly", "alpha-crown") and ops and (s > 0 or len(ops) > 1)
         if not substitute or skip_stable:
             l, u = interval(ops, *inputs)
         if substitute and skip_stable:
             l, u = _tightened(l, u, s, stages, relus, box, chunk)
         elif substitute:
             l, u = _back_substituted(s, stages, relus, box, chunk)
+        if substitute and relax == "alpha-crown":
+            l, u = _tightened(l, u, s, stages, relus, box, chunk, steps)
         bounds.append((l, u))
-        relus += [relax_relu(l, u, slope)] if relax == "deeppoly" else []
+        relus += [relax_relu(l, u, slope)] if relax in ("deeppoly", "alpha-crown") else []
         inputs = F.relu(l), F.relu(u)
     return bounds
 
 
 def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=adaptive,
-                         skip_stable=False, chunk=None):
+                         skip_stable=False, chunk=None, steps=STEPS):
     """Sound bounds of every pre-activation over the ball of radius eps around x, clipped to [0, 1].
 
     Returns [(l, u), ...], one pair per ReLU in the order of the network, each shaped like the
     ReLU's input: (B, ...), or (P, B, ...) with params. Guarantee: l <= z(x') <= u for every x' in
     the ball. Arguments and errors are those of margin_lower_bounds.
     """
-    stages, shapes, box = _prepare(net, x, eps, relax, params)
-    bounds = _intermediate(stages, box, relax, slope, skip_stable, chunk)
+    stages, shapes, box = prepare(net, x, eps, relax, params)
+    bounds = _intermediate(stages, box, relax, slope, skip_stable, chunk, steps)
+    if relax == "alpha-crown":
+        bounds = [(l.detach(), u.detach()) for l, u in bounds]
     return [tuple(t.expand(_population(params), -1, -1).reshape(shape) for t in pair)
             for pair, shape in zip(bounds, _outer_shapes(shapes, x, params))]
 
 
 def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stable=False, *,
-                        slope=adaptive, intermediate=None, chunk=None):
+                        slope=adaptive, intermediate=None, chunk=None, steps=STEPS):
     """Sound lower bounds of the margins over the ball of radius eps around x, clipped to [0, 1].
 
     Returns (B, K), or (P, B, K) with params: entry k is a lower bound of logit[y] - logit[k] for
@@ -614,10 +768,11 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     net: nn.Sequential of Conv2d, Linear, ReLU, Flatten, eval-mode BatchNorm2d, ending in (B, K).
     x: (B, ...) pixels in [0, 1], float32 or float64 like the parameters.  y: (B,) labels.
     eps: radius in pixels: a number, or a tensor that broadcasts with x.
-    relax: "box", "crown-ibp" or "deeppoly" (textbook: every bound by full back-substitution).
+    relax: "box", "crown-ibp", "deeppoly" (textbook: every bound by full back-substitution), or
+        "alpha-crown" (so many steps of ascent; its result carries no gradient).
     params: {name of net.state_dict(): (P, ...)}, as torch.func.stack_module_state makes it: bounds
         for P networks at once. Names left out keep the values of net, for all P.
-    skip_stable: with "deeppoly", back-substitute only the neurons that interval arithmetic on the
+    skip_stable: with "deeppoly" and "alpha-crown", back-substitute only the neurons that interval arithmetic on the
         bounds of the layer before leaves unstable, and keep the tighter of both bounds. Faster;
         every ReLU is enclosed at least as tightly. (That the margins are never looser is true
         of the lines' enclosure, not a theorem for the adaptive slope, which may flip from 1 to 0.)
@@ -627,7 +782,7 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
 
     Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
     """
-    stages, shapes, box = _prepare(net, x, eps, relax, params)
+    stages, shapes, box = prepare(net, x, eps, relax, params)
     y = torch.as_tensor(y, device=x.device)
     if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
         raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)}")
@@ -636,7 +791,7 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
     y = y.long()
     if intermediate is None:
-        bounds = _intermediate(stages, box, relax, slope, skip_stable, chunk)
+        bounds = _intermediate(stages, box, relax, slope, skip_stable, chunk, steps)
     else:
         want = _outer_shapes(shapes, x, params)
         if [[t.shape for t in pair] for pair in intermediate] != [[s, s] for s in want]:
@@ -653,13 +808,21 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     def bound(b):
         some = [[t[:, b:b + samples] for t in maps] for maps in (*relus, inputs)]
         A = C[b:b + samples][None, :, None]                                    # (1, B, 1, R=K, K)
-        return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, (K,), Rows((1, 1)), stages, bottom,
-                             some[:-1], some[-1])[:, :, 0]
+
+        def low(free=None):
+            return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, (K,), Rows((1, 1)), stages,
+                                 bottom, some[:-1], some[-1], free)
+        return (_with_best_slopes(low, steps) if relax == "alpha-crown" else low())[:, :, 0]
 
     widest = _widest(None, (K,), sum(stages[bottom:], []))
     chunk = chunk or CHUNK[x.device.type]
     samples = max(1, chunk // (_population(params) * K * widest))
     low = torch.cat(_in_chunks(bound, [(b,) for b in range(0, len(x), samples)]), 1)
+    if relax == "alpha-crown" and intermediate is None:     # tighter bounds may flip a rule's slope
+        deeppoly = margin_lower_bounds(net, x, y, eps, "deeppoly", params, skip_stable, slope=slope,
+                                       chunk=chunk)
+        low = torch.maximum(low, deeppoly[None] if params is None else deeppoly)
+    low = low.detach() if relax == "alpha-crown" else low
     return low[0] if params is None else low
 
 
