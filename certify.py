@@ -20,10 +20,10 @@ The stages, each on what the one before left open:
     otherwise (time is up)                                                        -> unknown
 
 Branch and bound (Bunel et al. 2020, "Branch and bound for piecewise linear neural network
-verification"; with beta-CROWN's bounds, Wang et al. 2021). A subdomain is the part of the ball where
-some unstable ReLUs have a given sign. Those ReLUs are then linear, so its bound is tighter; if it is
-still not positive, the subdomain is cut in two at one more ReLU. There are finitely many ReLUs:
-where none is left to cut, the network is linear and a linear program decides.
+verification"; with beta-CROWN's bounds, Wang et al. 2021). A subdomain is the part of the ball
+where some unstable ReLUs have a given sign. Those ReLUs are then linear, so its bound is tighter;
+if it is still not positive, the subdomain is cut in two at one more ReLU. There are finitely many
+ReLUs: where none is left to cut, the network is linear, and a linear program decides.
 
 Guarantee: "certified" holds for every point of the ball, up to rounding: bounds nearer to zero than
 1e-4 are recomputed in float64. "attacked" comes with a counterexample in the ball (exactly, as
@@ -103,6 +103,8 @@ class Settings(NamedTuple):
     tolerance: float
 
 
+@torch.inference_mode(False)               # whatever the caller's mode: attack and ascent need
+@torch.enable_grad()                       # gradients
 def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=None, batch=100,
             seed=0, tolerance=None, report=lambda verdict: None):
     """A list with one Verdict per sample, for the ball of radius eps (pixels) around each x.
@@ -123,11 +125,11 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     if unknown or len(x) != len(y) or not 0 <= eps < math.inf or not tolerance > 0:
         raise ValueError(f"stages {unknown} are unknown, or {len(x)} images do not fit {len(y)} "
                          f"labels, or eps={eps} is no radius >= 0, or tolerance={tolerance} <= 0")
-    net = deepcopy(net).requires_grad_(False)
+    net, x, y = deepcopy(net).requires_grad_(False), x.clone(), y.clone()
     if tolerance < math.inf:
         net, x, y = in_float64(net, x, y)
-    settings = Settings(eps, math.inf if timeout is None else timeout, stages, steps, restarts, seed,
-                        tolerance)
+    timeout = math.inf if timeout is None else timeout
+    settings = Settings(eps, timeout, stages, steps, restarts, seed, tolerance)
     verdicts = [Verdict(index=i) for i in range(len(x))]
     for start in range(0, len(x), batch):
         part = slice(start, start + batch)
@@ -186,11 +188,12 @@ def _bounded_by(relax, net, x, y, settings, verdicts):
             v.status, v.stage = "certified", relax
 
 
-# ---------------------------------------------------------------------------------- branch and bound
+# --------------------------------------------------------------------------------- branch and bound
 
 class Tables(NamedTuple):
     """What all nodes of a batch share. N: neurons before all ReLUs, in the order of the network."""
     stages: list
+    sizes: list           # of the ReLUs, as they make up N
     box: list             # (1, B, N_in) twice: the balls
     l: torch.Tensor       # (B, N) bounds before the ReLUs over the whole ball
     u: torch.Tensor
@@ -244,10 +247,11 @@ class Tree:
 def _tables(net, x, y, eps, l, u):
     stages, shapes = read_network(net, x.shape[1:])
     eye = torch.eye(shapes[-1][0], dtype=x.dtype, device=x.device)
-    bias = [ops[-1].bias[0].repeat_interleave(torch.Size(shape).numel() // ops[-1].bias.shape[1])
-            for ops, shape in zip(stages, shapes[:-1])]
+    sizes = [torch.Size(shape).numel() for shape in shapes[:-1]]
+    bias = [ops[-1].bias[0].repeat_interleave(n // ops[-1].bias.shape[1]) if ops else x.new_zeros(n)
+            for ops, n in zip(stages, sizes)]
     box = [(x - eps).clamp(min=0), (x + eps).clamp(max=1)]
-    return Tables(stages, [t.flatten(1)[None] for t in box], l, u, eye[y][:, None] - eye,
+    return Tables(stages, sizes, [t.flatten(1)[None] for t in box], l, u, eye[y][:, None] - eye,
                   torch.cat([x.new_zeros(0), *bias]))
 
 
@@ -259,10 +263,10 @@ def _subdomains(tables, nodes):
     row = torch.arange(len(nodes)).repeat_interleave(torch.tensor([len(n.neurons) for n in nodes]))
     cut = row.to(l.device), torch.cat([node.neurons for node in nodes]).to(l.device)
     signs = torch.zeros_like(l).index_put(cut, torch.cat([n.signs for n in nodes]).to(l))
-    multipliers = torch.zeros_like(l).index_put(cut, torch.cat([n.multipliers for n in nodes]).to(l))
-    return Subdomains(tables.rows[sample, target], [t[:, sample] for t in tables.box],
+    betas = torch.zeros_like(l).index_put(cut, torch.cat([n.multipliers for n in nodes]).to(l))
+    return Subdomains(tables.sizes, tables.rows[sample, target], [t[:, sample] for t in tables.box],
                       l.masked_fill(signs > 0, 0), u.masked_fill(signs < 0, 0), signs,
-                      torch.stack([node.slopes for node in nodes]).to(l), multipliers)
+                      torch.stack([node.slopes for node in nodes]).to(l), betas)
 
 
 def _bounded(tables, wide, nodes, trees, tolerance, steps):
@@ -304,8 +308,8 @@ def _branch(tables, nodes, goals):
     k = min(CANDIDATES, a.shape[1])
     tried = torch.cat([score.where(unstable, -1).topk(k)[1] for score in (babsr, -chord)], 1)
     rows = torch.arange(len(nodes), device=a.device).repeat_interleave(4 * k)
-    half = [t[:, rows] for t in sub.box]
-    half = Subdomains(*(half if isinstance(t, list) else t[rows] for t in sub))
+    half = Subdomains(sub.sizes, sub.rows[rows], [t[:, rows] for t in sub.box],
+                      *(t[rows] for t in sub[3:]))
     one, neuron = torch.arange(len(rows), device=a.device), tried.repeat_interleave(2, 1).flatten()
     half.l[one[::2], neuron[::2]] = 0
     half.u[one[1::2], neuron[1::2]] = 0
@@ -402,7 +406,7 @@ def linear_program(c, G, h, low, high):
         helps = up * T[r] * np.where(top, -1, 1)           # what moving each from its end does
         ratio = np.where(helps > tiny, np.abs(T[m]) / np.maximum(helps, tiny), np.inf)
         j = ratio.argmin() if n else 0
-        if not np.isfinite(ratio[j]):                      # nothing helps: row r proves infeasibility
+        if not np.isfinite(ratio[j]):                      # nothing helps: row r is a proof
             beta, slack = np.zeros(m), ends >= n
             beta[ends[slack] - n] = (-up * T[r, slack]).clip(0)
             if basic[r] >= n:
@@ -422,9 +426,16 @@ def _plant(net, x, y, settings, verdicts, upper):
     """Tables in the dtype of x and in float64, and a tree per sample: its roots are the margins
     that alpha-CROWN leaves open, with slopes of their own for each."""
     eps, tolerance = settings.eps, settings.tolerance
-    bounds = preactivation_bounds(net, x, eps, "alpha-crown", skip_stable=True)
+    # An ascent step is about three passes; if that takes too long, DeepPoly's bounds have to do.
+    slow = any(v.seconds + 3 * STEPS * v.seconds_by_stage.get("deeppoly", 0) > settings.timeout
+               for v in verdicts)
+    bounds = preactivation_bounds(net, x, eps, "deeppoly" if slow else "alpha-crown",
+                                  skip_stable=True)
     empty, order = x.new_zeros(len(x), 0), itertools.count()
     l, u = (torch.cat([empty, *(pair[side].flatten(1) for pair in bounds)], 1) for side in (0, 1))
+    if x.dtype == torch.float32:                 # float64 will rest on them: allow for rounding
+        slack = 1e-6 * (u - l + l.abs() + u.abs())
+        l, u = l - slack, u + slack
     tables, slopes = _tables(net, x, y, eps, l, u), adaptive(l, u)
     wide = _tables(*in_float64(net, x, y), eps, *in_float64(net, l, u)[1:])
     trees, none = [], torch.zeros(0)

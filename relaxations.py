@@ -93,7 +93,8 @@ def read_network(net, in_shape, params=None):
     """The network as stages: lists of Affine layers, with one ReLU between consecutive stages; and
     the shapes at their ends, without the batch: of each ReLU's input and of the logits.
 
-    BatchNorm2d in eval mode is itself affine, z -> s z + t: folded into the convolution before it, else a 1x1 depthwise convolution.
+    BatchNorm2d in eval mode is itself affine, z -> s z + t: folded into the convolution before it,
+    else a 1x1 depthwise convolution.
     Raises ValueError, naming the layer, for what cannot be bounded.
     """
     if not _is(net, nn.Sequential):
@@ -531,7 +532,7 @@ def _tightened(l, u, s, stages, relus, box, chunk, steps=0):
     member, sample, neuron = where = unstable.nonzero(as_tuple=True)
     if not len(member):
         return l, u
-    if len(member) > l.numel() / 2 and not steps:    # picking most rows one by one costs more than taking all
+    if len(member) > l.numel() / 2 and not steps:    # picking most rows costs more than all at once
         low, high = _back_substituted(s, stages, relus, box, chunk)
         return (torch.where(unstable, torch.maximum(l, low), l),
                 torch.where(unstable, torch.minimum(u, high), u))
@@ -567,9 +568,9 @@ def _tightened(l, u, s, stages, relus, box, chunk, steps=0):
 # alpha, the slope of the lower line of an unstable ReLU: anything in [0, 1] (Xu et al. 2021).
 #
 # beta, for branch and bound (Wang et al. 2021, "Beta-CROWN: efficient bound propagation with
-# per-neuron split constraints for neural network robustness verification"). A subdomain S of the ball consists of
-# the points where some pre-activations have a given sign, s_j z_j >= 0 with s_j = 1 or -1. That
-# makes those ReLUs linear, but leaves the constraints themselves unused. For any beta_j >= 0,
+# per-neuron split constraints for neural network robustness verification"). A subdomain S of the
+# ball consists of the points where some pre-activations have a given sign, s_j z_j >= 0 with s_j =
+# 1 or -1. That makes those ReLUs linear, but leaves the constraints unused. For any beta_j >= 0,
 #     min over S of f(x)  >=  min over S of     f(x) - sum_j beta_j s_j z_j(x)    (subtracts >= 0)
 #                         >=  min over ball of  f(x) - sum_j beta_j s_j z_j(x)    (S is part of it)
 # and the last is bounded by back-substitution as ever: once its ReLU is passed, the coefficient a_j
@@ -630,14 +631,14 @@ def _ascend(bound, free, limits, rates, steps, target=torch.inf):
 
 
 def _with_best_slopes(bound, steps):
-    """max of bound(free) over the lower slopes of each row, from the rule's slopes (alpha-CROWN)."""
+    """The best of bound(free) over the lower slopes of each row, from the rule's (alpha-CROWN)."""
     rule = {}
-    first = bound(rule)
-    if not rule or not steps:
-        return first
-    names, limits = list(rule), [free.limits for free in rule.values()]
-    return _ascend(lambda slopes: bound({s: Free(t) for s, t in zip(names, slopes)}),
-                   [free.slope for free in rule.values()], limits, [RATES[0]] * len(names), steps)[0]
+    low = bound(rule)                                      # fills in the rule's slopes
+    if rule and steps:
+        slopes, _, limits = zip(*rule.values())
+        low, _ = _ascend(lambda slopes: bound({s: Free(t) for s, t in zip(rule, slopes)}), slopes,
+                         limits, [RATES[0]] * len(rule), steps)
+    return low
 
 
 class Subdomains(NamedTuple):
@@ -645,6 +646,7 @@ class Subdomains(NamedTuple):
 
     N counts the neurons before all ReLUs, in the order of the network.
     """
+    sizes: list                 # of the ReLUs, as they make up N
     rows: torch.Tensor          # (B, K) the functions
     box: list                   # lower and upper bounds of the input, (1, B, N_in) each
     l: torch.Tensor             # (B, N) bounds before the ReLUs
@@ -659,10 +661,10 @@ def subdomain_bounds(stages, sub, steps=0, target=torch.inf, trace=None):
     (B, N) that give them, the given ones or better by so many steps of ascent.
 
     trace: with steps=0, a list to be filled with the coefficients (B, ...) of each ReLU's outputs,
-    bottom up, after those of the input: the bound is linear in them.
+    bottom up, after those of the input.
     """
     def by_relu(t, *lead):
-        return [part.reshape(*lead, part.shape[-1]) for part in t.split(sizes, -1)]
+        return [part.reshape(*lead, part.shape[-1]) for part in t.split(sub.sizes, -1)]
 
     def bound(choices):
         parts = zip(*(by_relu(t, 1, -1, 1, 1) for t in choices))
@@ -670,15 +672,16 @@ def subdomain_bounds(stages, sub, steps=0, target=torch.inf, trace=None):
                              stages, 0, relus, sub.box, {s: Free(*p) for s, p in enumerate(parts)},
                              found)[0, :, 0, 0]
 
-    sizes = [torch.Size(ops[-1].out_shape).numel() for ops in stages[:-1]]
     relus = [relax_relu(l, u) for l, u in zip(by_relu(sub.l, 1, -1), by_relu(sub.u, 1, -1))]
     A, found = sub.rows[None, :, None, None], None if trace is None else []
-    upper = torch.cat([relu.upper[0] for relu in relus], -1)
-    zero = torch.zeros_like(upper)
-    limits = [(upper.floor(), upper.ceil()),
-              (zero.masked_fill(sub.signs < 0, -torch.inf), zero.masked_fill(sub.signs > 0, torch.inf))]
+    upper, zero = torch.cat([sub.l[:, :0], *(relu.upper[0] for relu in relus)], -1), 0 * sub.signs
+    limits = [(upper.floor(), upper.ceil()), (zero.masked_fill(sub.signs < 0, -torch.inf),
+                                              zero.masked_fill(sub.signs > 0, torch.inf))]
     choices = [t.clamp(*limit) for t, limit in zip((sub.slopes, sub.multipliers), limits)]
-    low, choices = _ascend(bound, choices, limits, RATES, steps, target) if steps else (bound(choices), choices)
+    if steps and sub.sizes:
+        low, choices = _ascend(bound, choices, limits, RATES, steps, target)
+    else:
+        low = bound(choices)
     if trace is not None:
         trace += [A[0, :, 0, 0] for A in reversed(found)]
     return low, *choices
@@ -772,10 +775,11 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         "alpha-crown" (so many steps of ascent; its result carries no gradient).
     params: {name of net.state_dict(): (P, ...)}, as torch.func.stack_module_state makes it: bounds
         for P networks at once. Names left out keep the values of net, for all P.
-    skip_stable: with "deeppoly" and "alpha-crown", back-substitute only the neurons that interval arithmetic on the
-        bounds of the layer before leaves unstable, and keep the tighter of both bounds. Faster;
-        every ReLU is enclosed at least as tightly. (That the margins are never looser is true
-        of the lines' enclosure, not a theorem for the adaptive slope, which may flip from 1 to 0.)
+    skip_stable: with "deeppoly" and "alpha-crown", back-substitute only the neurons that interval
+        arithmetic on the bounds of the layer before leaves unstable, and keep the tighter of both
+        bounds. Faster; every ReLU is enclosed at least as tightly. (That the margins are never
+        looser is true of the lines' enclosure, not a theorem for the adaptive slope, which may flip
+        from 1 to 0.)
     slope: the lower line of an unstable ReLU, (l, u) -> slope in [0, 1]; see adaptive.
     intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
     chunk: the most coefficients that one pass holds (None: CHUNK); it bounds the peak memory.

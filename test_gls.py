@@ -1192,6 +1192,37 @@ def test_bounds_of_subdomains_are_sound_inside_and_halves_cover_the_whole(name, 
     assert found > 10000
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_every_network_is_settled_and_no_verdict_is_contradicted(name):
+    net, x, y = make(name, batch=6)
+    y = net(x).argmax(1)
+    for eps in (0.03, 0.12):
+        points = in_ball(x, eps, 500, torch.Generator().manual_seed(2))
+        verdicts = certify.certify(net, x, y, eps, timeout=1, restarts=0)
+        for i, v in enumerate(verdicts):
+            margins = true_margins(net, points[:, i], y[i].expand(len(points)))
+            worst = train.smallest(margins, y[i].expand(len(points))).min()
+            assert v.bound <= worst + 1e-9 and (v.status != "certified" or worst > 0)
+            if v.status == "attacked":
+                assert (v.counterexample - x[i]).abs().max() <= eps + 1e-15
+                assert train.forward_margin(net, v.counterexample[None], y[i:i + 1]) <= 0
+
+
+def test_an_affine_network_and_one_with_nan_weights_are_settled_too():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()
+    x = torch.rand(20, 1, 2, 2, dtype=torch.float64)
+    y = net(x).argmax(1)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            verdicts = certify.certify(net, x.clone(), y, 0.2, restarts=2)
+            assert {v.status for v in verdicts} == {"certified", "attacked"}
+    verdicts = certify.certify(net, x, y, 0.2, restarts=0)             # corners found by the roots
+    assert {v.status for v in verdicts} == {"certified", "attacked"}
+    net, x, y = make("mlp", batch=2)
+    net[-1].bias.data[0] = torch.nan
+    assert {v.status for v in certify.certify(net, x, y, 0.1)} == {"misclassified"}
+
+
 def test_beta_by_hand():
     """The margin is z = x - 1/4 with x in [0, 1]: -1/4 at least, but 0 at least where z >= 0."""
     net = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 2)).double().requires_grad_(False)
@@ -1283,7 +1314,8 @@ def test_linear_programs_by_brute_force():
         if inside:
             best = min(c @ v for v in inside)
             assert c @ x == pytest.approx(best) and dual == pytest.approx(best)
-            assert (G @ x >= h - 1e-7).all() and (x >= low - 1e-9).all() and (x <= high + 1e-9).all()
+            assert (G @ x >= h - 1e-7).all()
+            assert (x >= low - 1e-9).all() and (x <= high + 1e-9).all()
         else:
             infeasible += 1
             assert x is None and dual > 1e3
@@ -1330,17 +1362,17 @@ def test_certify_saves_what_it_finds_and_continues_where_it_stopped(tmp_path, ca
             assert net.double()(point[None].double()).argmax() != data.y_test[i]
     assert attacked > 10
     times = ("seconds", "seconds_by_stage")
-    strip = lambda: sorted(({k: v for k, v in json.loads(l).items() if k not in times}
-                            for l in path.read_text().splitlines()), key=lambda r: r.get("index", -1))
+    strip = lambda: sorted(({k: v for k, v in json.loads(l).items() if k not in times} for l in
+                            path.read_text().splitlines()), key=lambda r: r.get("index", -1))
     whole, text = strip(), path.read_bytes()
     path.write_bytes(text[:len(text) // 2])                            # cut in the middle of a line
     assert command(certify.main, run, "--eps", 0.07) == 0
     assert "verdicts already in" in capsys.readouterr().out
-    for a, b in zip(strip(), whole, strict=True):      # other batches: other rounding, same verdicts
+    for a, b in zip(strip(), whole, strict=True):  # other batches: other rounding, same verdicts
         assert a.get("bound") == pytest.approx(b.get("bound"), abs=1e-3)
         assert {**a, "bound": 0} == {**b, "bound": 0}
     before = path.read_bytes()
-    assert command(certify.main, run, "--eps", 0.07, "--steps", 3) == 2               # other settings: not touched
+    assert command(certify.main, run, "--eps", 0.07, "--steps", 3) == 2    # other settings
     assert path.read_bytes() == before and "holds other results" in capsys.readouterr().err
 
 
