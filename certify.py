@@ -294,14 +294,15 @@ def _branch(tables, nodes, goals):
         chord   |a- t|, how much the upper line costs the bound;
         BaBSR   |a- t + max(a b (s - 1), a b s)|, b the bias: the same, less what one half loses
                 by z no longer being free (Bunel et al. 2020).
-    Returns neurons, a list (n,) with None where all ReLUs are stable, and points (n, N_in).
+    Returns neurons, a list (n,) with None where all ReLUs are stable; the bounds (n, 2) of their
+    halves, z >= 0 and z <= 0; and points (n, N_in).
     """
     sub, trace = _subdomains(tables, nodes), []
     low = subdomain_bounds(tables.stages, sub, trace=trace)[0]
     points = torch.where(trace[0] > 0, *(t[0] for t in sub.box))
     unstable = (sub.l < 0) & (sub.u > 0)
     if not unstable.any():
-        return [None] * len(nodes), points
+        return [None] * len(nodes), [None] * len(nodes), points
     a, s = torch.cat(trace[1:], 1), torch.where(unstable, sub.u / (sub.u - sub.l), 0.0)
     chord = a.clamp(max=0) * -s * sub.l
     babsr = (chord + a * tables.bias * torch.where(a * tables.bias > 0, s, s - 1)).abs()
@@ -313,18 +314,19 @@ def _branch(tables, nodes, goals):
     one, neuron = torch.arange(len(rows), device=a.device), tried.repeat_interleave(2, 1).flatten()
     half.l[one[::2], neuron[::2]] = 0
     half.u[one[1::2], neuron[1::2]] = 0
-    gain = subdomain_bounds(tables.stages, half)[0].view(len(nodes), 2 * k, 2)
-    gain = gain.minimum(torch.tensor(goals).to(gain)[:, None, None]) - low[:, None, None]
+    bounds = subdomain_bounds(tables.stages, half)[0].view(len(nodes), 2 * k, 2)
+    gain = bounds.minimum(torch.tensor(goals).to(low)[:, None, None]) - low[:, None, None]
     gain = gain.clamp(min=1e-6).prod(-1).where(unstable.gather(1, tried), -1)
-    best = tried.gather(1, gain.argmax(1, keepdim=True)).flatten().tolist()
-    return [j if unstable[i, j] else None for i, j in enumerate(best)], points
+    best = torch.arange(len(nodes), device=a.device), gain.argmax(1)
+    neurons = [j if unstable[i, j] else None for i, j in enumerate(tried[best].tolist())]
+    return neurons, bounds[best].tolist(), points
 
 
-def _halves(node, neuron, order):
+def _halves(node, neuron, bounds, order):
     """The two nodes that cutting at a neuron makes of one; together they cover it."""
-    for sign in (1.0, -1.0):
+    for sign, bound in zip((1.0, -1.0), bounds):
         yield node._replace(
-            order=next(order), neurons=torch.cat([node.neurons, node.neurons.new_tensor([neuron])]),
+            bound=max(node.bound, bound), order=next(order), neurons=torch.cat([node.neurons, node.neurons.new_tensor([neuron])]),
             signs=torch.cat([node.signs, node.signs.new_tensor([sign])]),
             multipliers=torch.cat([node.multipliers, node.multipliers.new_zeros(1)]))
 
@@ -426,9 +428,8 @@ def _plant(net, x, y, settings, verdicts, upper):
     """Tables in the dtype of x and in float64, and a tree per sample: its roots are the margins
     that alpha-CROWN leaves open, with slopes of their own for each."""
     eps, tolerance = settings.eps, settings.tolerance
-    # An ascent step is about three passes; if that takes too long, DeepPoly's bounds have to do.
-    slow = any(v.seconds + 3 * STEPS * v.seconds_by_stage.get("deeppoly", 0) > settings.timeout
-               for v in verdicts)
+    # On large networks the ascent alone takes longer than a sample has; DeepPoly has to do there.
+    slow = any(10 * v.seconds_by_stage.get("deeppoly", 0) > settings.timeout for v in verdicts)
     bounds = preactivation_bounds(net, x, eps, "deeppoly" if slow else "alpha-crown",
                                   skip_stable=True)
     empty, order = x.new_zeros(len(x), 0), itertools.count()
@@ -456,13 +457,16 @@ def _grow(net, x, y, settings, tables, wide, trees, active, order):
     quota, limit = max(1, WIDTH // len(active)), STORE // (TREES * max(1, tables.l.shape[1]))
     nodes = [tree.pop(limit) for tree in active for _ in range(min(quota, len(tree.heap)))]
     goals = [trees[node.sample].goal(settings.tolerance) for node in nodes]
-    neurons, points = _branch(tables, nodes, goals)
+    neurons, bounds, points = _branch(tables, nodes, goals)
     _try_points(net, x, y, settings.eps, points, nodes, active)
-    halves = [half for node, neuron in zip(nodes, neurons) if neuron is not None
-              for half in _halves(node, neuron, order)]
-    if halves:
-        for half in _bounded(tables, wide, halves, trees, settings.tolerance, NODE_STEPS):
-            trees[half.sample].add(half, settings.tolerance)
+    halves = [half for node, neuron, pair in zip(nodes, neurons, bounds) if neuron is not None
+              for half in _halves(node, neuron, pair, order)]
+    settled = [half.bound > trees[half.sample].goal(settings.tolerance) + trees[half.sample].doubt
+               for half in halves]
+    left = [half for half, done in zip(halves, settled) if not done]
+    left = _bounded(tables, wide, left, trees, settings.tolerance, NODE_STEPS) if left else []
+    for half in left + [half for half, done in zip(halves, settled) if done]:
+        trees[half.sample].add(half, settings.tolerance)
     for node in [node for node, neuron in zip(nodes, neurons) if neuron is None]:
         tree = trees[node.sample]
         bound, point = _settle_linear(wide, node)

@@ -1182,7 +1182,7 @@ def test_bounds_of_subdomains_are_sound_inside_and_halves_cover_the_whole(name, 
                              multipliers=multipliers[0, node.neurons])
         free = [i for i in range(sub.l.shape[1]) if sub.l[0, i] < 0 < sub.u[0, i]]
         if free:
-            halves = list(certify._halves(node, free[0], iter(range(1, 9))))
+            halves = list(certify._halves(node, free[0], [-math.inf] * 2, iter(range(1, 9))))
             sides = [(z[:, h.neurons] * h.signs >= 0).all(1) for h in halves]
             assert (sides[0] | sides[1])[inside].all() and not (sides[0] & sides[1] & ~inside).any()
             tree = certify.Tree(0, certify.Verdict(), 1.0, 0.0)
