@@ -25,8 +25,8 @@ where some unstable ReLUs have a given sign. Those ReLUs are then linear, so its
 if it is still not positive, the subdomain is cut in two at one more ReLU. There are finitely many
 ReLUs: where none is left to cut, the network is linear, and a linear program decides.
 
-Guarantee: "certified" holds for every point of the ball, up to rounding: bounds nearer to zero than
-1e-4 are recomputed in float64. "attacked" comes with a counterexample in the ball (exactly, as
+Guarantee: "certified" holds for every point of the ball, up to rounding in float64, in which every
+bound that counts is computed; float32 only steers the search. "attacked" comes with a counterexample in the ball (exactly, as
 float32 numbers), misclassified by a float64 forward pass. "unknown" is neither. Attacked samples
 are bounded too: one that comes out certified proves a bound wrong.
 
@@ -56,6 +56,7 @@ from train import (CERTIFY, CLOSE, InputError, Parser, Progress, attack, ball, c
 
 STATUSES = ("misclassified", "attacked", "certified", "unknown")
 STAGES = (*RELAXATIONS, "branch-and-bound")
+ROUNDING = 1e-6       # a bound may exceed the margin at a point by this much; more is a contradiction
 
 # Branch and bound: settings that did well on the benchmark networks of the README.
 WIDTH = 64            # nodes cut at once
@@ -115,17 +116,23 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     and bound settles every sample in the end).  stages: any of STAGES.  steps, restarts: of the
     attack; restarts=None is one for each class, 0 leaves it out.  batch: samples bounded at once.
     tolerance: go on until the smallest margin over the ball is known to so much, in float64:
-    bound <= margin <= bound + tolerance (None: until its sign is known).
+    bound <= margin <= bound + tolerance (None: until its sign is known). Misclassified samples are
+    left out of that.
     report(verdict) is called for each sample as soon as it is settled.
 
     Raises ContradictionError if a sample is certified and attacked, ValueError for bad arguments.
     """
+    stages = list(stages)
     unknown = [s for s in stages if s not in STAGES]
     tolerance = math.inf if tolerance is None else tolerance
     if unknown or len(x) != len(y) or not 0 <= eps < math.inf or not tolerance > 0:
         raise ValueError(f"stages {unknown} are unknown, or {len(x)} images do not fit {len(y)} "
                          f"labels, or eps={eps} is no radius >= 0, or tolerance={tolerance} <= 0")
-    net, x, y = deepcopy(net).requires_grad_(False), x.clone(), y.clone()
+    net, x, y = deepcopy(net).requires_grad_(False), x.clone(), y.clone().long()
+    K = net(x[:1]).shape[-1] if len(x) else 2
+    if K < 2 or not ((y >= 0) & (y < K)).all():
+        raise ValueError(f"y has labels outside 0..{K - 1} of a network with {K} logits, of which "
+                         "there have to be two")
     if tolerance < math.inf:
         net, x, y = in_float64(net, x, y)
     timeout = math.inf if timeout is None else timeout
@@ -177,14 +184,15 @@ def _bounded_by(relax, net, x, y, settings, verdicts):
     begun = time.time()
     left = [i for i, v in enumerate(verdicts) if v.status in ("unknown", "attacked")
             and v.seconds < settings.timeout]
-    low = certified_margin(net, x[left], y[left], settings.eps, relax, **CERTIFY[relax])
+    low = certified_margin(*in_float64(net, x[left], y[left]), settings.eps, relax,
+                           **CERTIFY[relax])
     for i, bound in zip(left, low.tolist()):
         v = verdicts[i]
         v.spend(relax, (time.time() - begun) / len(left))
         v.bound = max(v.bound, bound)
-        if bound > 0 and v.status == "attacked":
+        if bound > ROUNDING and v.status == "attacked":
             raise ContradictionError(v.index, relax, bound, v.counterexample)
-        if bound > 0:
+        if bound > 0 and v.status == "unknown":
             v.status, v.stage = "certified", relax
 
 
@@ -219,7 +227,6 @@ class Tree:
     sample: int
     verdict: Verdict
     upper: float                # the smallest margin seen at a point of the ball, in float64
-    doubt: float                # how far a bound has to exceed the goal to need no float64
     heap: list = field(default_factory=list)
     proved: float = math.inf    # the smallest bound among settled nodes
     stuck: bool = False         # a node could not be settled
@@ -269,19 +276,25 @@ def _subdomains(tables, nodes):
                       torch.stack([node.slopes for node in nodes]).to(l), betas)
 
 
-def _bounded(tables, wide, nodes, trees, tolerance, steps):
-    """The nodes with bounds raised by beta-CROWN; those that come near the goal, from float64."""
-    sub = _subdomains(tables, nodes)
-    goals, doubts = (torch.tensor(t, dtype=torch.float64) for t in zip(*(
-        (trees[node.sample].goal(tolerance), trees[node.sample].doubt) for node in nodes)))
-    low, *free = subdomain_bounds(tables.stages, sub, steps, (goals + doubts).to(sub.l))
-    low = low.cpu().double()
-    nodes = [node._replace(slopes=s.clone(), multipliers=m[node.neurons])
-             for node, s, m in zip(nodes, *free)]
-    near = ((low > goals) & (low <= goals + doubts)).nonzero().flatten().tolist()
-    if near:
-        again = _subdomains(wide, [nodes[i] for i in near])
-        low[near] = subdomain_bounds(wide.stages, again)[0].cpu()
+def _bounded(tables, wide, nodes, trees, tolerance, steps, first=None):
+    """The nodes with bounds raised by beta-CROWN. float32 only steers: a bound that would settle
+    its node is computed again in float64, from pre-activation bounds in float64.
+
+    first: bounds that the nodes have as they are; where one is enough, there is no ascent."""
+    goals = torch.tensor([trees[node.sample].goal(tolerance) for node in nodes]).double()
+    low = torch.full_like(goals, -torch.inf) if first is None else torch.tensor(first).double()
+    todo = (~(low > goals)).nonzero().flatten().tolist()
+    if todo:
+        sub, nodes = _subdomains(tables, [nodes[i] for i in todo]), list(nodes)
+        found, *free = subdomain_bounds(tables.stages, sub, steps, goals[todo].to(sub.l))
+        low[todo] = found.cpu().double()
+        for i, slopes, multipliers in zip(todo, *free):
+            nodes[i] = nodes[i]._replace(slopes=slopes.clone(),
+                                         multipliers=multipliers[nodes[i].neurons])
+    sure = (low > goals).nonzero().flatten().tolist()
+    if sure:
+        again = _subdomains(wide, [nodes[i] for i in sure])
+        low[sure] = subdomain_bounds(wide.stages, again)[0].cpu()
     return [node._replace(bound=max(node.bound, b)) for node, b in zip(nodes, low.tolist())]
 
 
@@ -322,11 +335,11 @@ def _branch(tables, nodes, goals):
     return neurons, bounds[best].tolist(), points
 
 
-def _halves(node, neuron, bounds, order):
+def _halves(node, neuron, order):
     """The two nodes that cutting at a neuron makes of one; together they cover it."""
-    for sign, bound in zip((1.0, -1.0), bounds):
+    for sign in (1.0, -1.0):
         yield node._replace(
-            bound=max(node.bound, bound), order=next(order), neurons=torch.cat([node.neurons, node.neurons.new_tensor([neuron])]),
+            order=next(order), neurons=torch.cat([node.neurons, node.neurons.new_tensor([neuron])]),
             signs=torch.cat([node.signs, node.signs.new_tensor([sign])]),
             multipliers=torch.cat([node.multipliers, node.multipliers.new_zeros(1)]))
 
@@ -341,7 +354,7 @@ def _try_points(net, x, y, eps, points, nodes, trees):
     for tree in trees:
         mine = [i for i, node in enumerate(nodes) if node.sample == tree.sample]
         i = min(mine, key=margins.__getitem__, default=None)
-        if i is None or margins[i] > tree.upper + tree.doubt:
+        if i is None or margins[i] > tree.upper + CLOSE * max(1.0, abs(tree.upper)):
             continue
         v, margin = tree.verdict, forward_margin(net, points[i:i + 1], y[sample[i:i + 1]]).item()
         tree.upper = min(tree.upper, margin)
@@ -359,7 +372,7 @@ def _settle_linear(wide, node):
     subdomain_bounds, so nothing rests on its accuracy.
     """
     sub = _subdomains(wide, [node._replace(multipliers=torch.zeros_like(node.multipliers))])
-    signs, active = sub.signs[0, node.neurons], (sub.l >= 0).to(sub.l)
+    signs, active = sub.signs[0, node.neurons], (sub.u > -sub.l).to(sub.l)
 
     def outputs(x):
         z, logits = pinned_forward(wide.stages, active, x[None])
@@ -387,6 +400,9 @@ def linear_program(c, G, h, low, high):
     on both sides: every x at the end that c prefers.
     """
     (m, n), tiny = G.shape, 1e-9
+    size = np.abs(G).max(1, initial=0)
+    size[size == 0] = 1
+    G, h = G / size[:, None], h / size                     # multipliers are divided in the end
     lo, hi = np.concatenate([low, np.zeros(m)]), np.concatenate([high, np.full(m, np.inf)])
     T, t = np.vstack([G, c]), np.append(-h, 0.0)           # the last row is the objective
     ends, basic = np.arange(n), n + np.arange(m)
@@ -403,7 +419,7 @@ def linear_program(c, G, h, low, high):
                     x[var] = value
             slack = ends >= n
             beta[ends[slack] - n] = T[m, slack].clip(0)
-            return x, [beta]
+            return x, [beta / size]
         up = 1 if v[r] < lo[basic[r]] else -1              # where basic variable r has to go
         helps = up * T[r] * np.where(top, -1, 1)           # what moving each from its end does
         ratio = np.where(helps > tiny, np.abs(T[m]) / np.maximum(helps, tiny), np.inf)
@@ -413,7 +429,7 @@ def linear_program(c, G, h, low, high):
             beta[ends[slack] - n] = (-up * T[r, slack]).clip(0)
             if basic[r] >= n:
                 beta[basic[r] - n] = 1
-            return None, [beta * 10.0 ** k for k in range(-2, 11)]
+            return None, [beta / size * 10.0 ** k for k in range(-2, 11)]
         row = np.append(-T[r] / T[r, j], -t[r] / T[r, j])  # solve row r for the j-th end
         row[j] = 1 / T[r, j]
         column = T[:, j].copy()
@@ -430,19 +446,15 @@ def _plant(net, x, y, settings, verdicts, upper):
     eps, tolerance = settings.eps, settings.tolerance
     # On large networks the ascent alone takes longer than a sample has; DeepPoly has to do there.
     slow = any(10 * v.seconds_by_stage.get("deeppoly", 0) > settings.timeout for v in verdicts)
-    bounds = preactivation_bounds(net, x, eps, "deeppoly" if slow else "alpha-crown",
+    double, x64, y64 = in_float64(net, x, y)
+    bounds = preactivation_bounds(double, x64, eps, "deeppoly" if slow else "alpha-crown",
                                   skip_stable=True)
-    empty, order = x.new_zeros(len(x), 0), itertools.count()
+    empty, order = x64.new_zeros(len(x), 0), itertools.count()
     l, u = (torch.cat([empty, *(pair[side].flatten(1) for pair in bounds)], 1) for side in (0, 1))
-    if x.dtype == torch.float32:                 # float64 will rest on them: allow for rounding
-        slack = 1e-6 * (u - l + l.abs() + u.abs())
-        l, u = l - slack, u + slack
-    tables, slopes = _tables(net, x, y, eps, l, u), adaptive(l, u)
-    wide = _tables(*in_float64(net, x, y), eps, *in_float64(net, l, u)[1:])
-    trees, none = [], torch.zeros(0)
-    for i, v in enumerate(verdicts):
-        scale = max(1.0, -v.bound) if v.bound > -math.inf else 1.0
-        trees.append(Tree(i, v, upper[i], CLOSE * scale if x.dtype == torch.float32 else 0.0))
+    wide = _tables(double, x64, y64, eps, l, u)
+    tables = _tables(net, x, y, eps, l.to(x), u.to(x))
+    slopes, none = adaptive(tables.l, tables.u), torch.zeros(0)
+    trees = [Tree(i, v, upper[i]) for i, v in enumerate(verdicts)]
     roots = [Node(v.bound, next(order), i, k, none.long(), none, none, slopes[i])
              for i, v in enumerate(verdicts) for k in range(tables.rows.shape[1]) if k != y[i]]
     for start in range(0, len(roots), 4 * WIDTH):
@@ -459,14 +471,12 @@ def _grow(net, x, y, settings, tables, wide, trees, active, order):
     goals = [trees[node.sample].goal(settings.tolerance) for node in nodes]
     neurons, bounds, points = _branch(tables, nodes, goals)
     _try_points(net, x, y, settings.eps, points, nodes, active)
-    halves = [half for node, neuron, pair in zip(nodes, neurons, bounds) if neuron is not None
-              for half in _halves(node, neuron, pair, order)]
-    settled = [half.bound > trees[half.sample].goal(settings.tolerance) + trees[half.sample].doubt
-               for half in halves]
-    left = [half for half, done in zip(halves, settled) if not done]
-    left = _bounded(tables, wide, left, trees, settings.tolerance, NODE_STEPS) if left else []
-    for half in left + [half for half, done in zip(halves, settled) if done]:
-        trees[half.sample].add(half, settings.tolerance)
+    cut = [i for i, neuron in enumerate(neurons) if neuron is not None]
+    if cut:
+        halves = [half for i in cut for half in _halves(nodes[i], neurons[i], order)]
+        for half in _bounded(tables, wide, halves, trees, settings.tolerance, NODE_STEPS,
+                             [bound for i in cut for bound in bounds[i]]):
+            trees[half.sample].add(half, settings.tolerance)
     for node in [node for node, neuron in zip(nodes, neurons) if neuron is None]:
         tree = trees[node.sample]
         bound, point = _settle_linear(wide, node)
@@ -496,7 +506,7 @@ def _grow_trees(net, x, y, settings, verdicts, upper, report):
         for tree in [tree for tree in waiting if over(tree)]:
             v = tree.verdict
             v.bound = max(v.bound, tree.bound())
-            if v.bound > 0 and v.status == "attacked":
+            if v.bound > ROUNDING and v.status == "attacked":
                 raise ContradictionError(v.index, stage, v.bound, v.counterexample)
             if v.bound > 0 and v.status == "unknown":
                 v.status, v.stage = "certified", stage

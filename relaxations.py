@@ -632,9 +632,11 @@ def _ascend(bound, free, limits, rates, steps, target=torch.inf):
 
 def _with_best_slopes(bound, steps):
     """The best of bound(free) over the lower slopes of each row, from the rule's (alpha-CROWN)."""
+    if not steps:
+        return bound(None)
     rule = {}
     low = bound(rule)                                      # fills in the rule's slopes
-    if rule and steps:
+    if rule:
         slopes, _, limits = zip(*rule.values())
         low, _ = _ascend(lambda slopes: bound({s: Free(t) for s, t in zip(rule, slopes)}), slopes,
                          limits, [RATES[0]] * len(rule), steps)
@@ -813,10 +815,11 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         some = [[t[:, b:b + samples] for t in maps] for maps in (*relus, inputs)]
         A = C[b:b + samples][None, :, None]                                    # (1, B, 1, R=K, K)
 
-        def low(free=None):
+        def low(free):
             return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, (K,), Rows((1, 1)), stages,
                                  bottom, some[:-1], some[-1], free)
-        return (_with_best_slopes(low, steps) if relax == "alpha-crown" else low())[:, :, 0]
+
+        return _with_best_slopes(low, steps if relax == "alpha-crown" else 0)[:, :, 0]
 
     widest = _widest(None, (K,), sum(stages[bottom:], []))
     chunk = chunk or CHUNK[x.device.type]
