@@ -26,9 +26,10 @@ if it is still not positive, the subdomain is cut in two at one more ReLU. There
 ReLUs: where none is left to cut, the network is linear, and a linear program decides.
 
 Guarantee: "certified" holds for every point of the ball, up to rounding in float64, in which every
-bound that counts is computed; float32 only steers the search. "attacked" comes with a counterexample in the ball (exactly, as
-float32 numbers), misclassified by a float64 forward pass. "unknown" is neither. Attacked samples
-are bounded too: one that comes out certified proves a bound wrong.
+bound that counts is computed; float32 only steers the search. "attacked" comes with a
+counterexample in the ball (exactly, as float32 numbers), misclassified by a float64 forward pass.
+"unknown" is neither. Attacked samples are bounded too: one that comes out certified proves a bound
+wrong.
 
 Letters in shape comments: those of relaxations.py; n nodes (subdomains), k candidates to cut at.
 """
@@ -56,7 +57,7 @@ from train import (CERTIFY, CLOSE, InputError, Parser, Progress, attack, ball, c
 
 STATUSES = ("misclassified", "attacked", "certified", "unknown")
 STAGES = (*RELAXATIONS, "branch-and-bound")
-ROUNDING = 1e-6       # a bound may exceed the margin at a point by this much; more is a contradiction
+ROUNDING = 1e-6       # of an attacked sample: a bound above it is a contradiction
 
 # Branch and bound: settings that did well on the benchmark networks of the README.
 WIDTH = 64            # nodes cut at once

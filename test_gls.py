@@ -1171,7 +1171,7 @@ def test_ties_are_no_contradictions():
         net = rough_mlp([1, 5, 3], seed)
         x = torch.rand(4, 1, dtype=torch.float64)
         y = net(x).argmax(1)
-        net[2].bias[y[0]] -= minimum_on_a_line(net, x[0], int(y[0]), 0.3)      # now exactly 0, or so
+        net[2].bias[y[0]] -= minimum_on_a_line(net, x[0], int(y[0]), 0.3)      # now 0, or so
         x, y = x[y == y[0]], y[y == y[0]]
         for tolerance in (None, 1e-5):
             found += [v.status for v in certify.certify(net, x, y, 0.3, tolerance=tolerance)]
