@@ -57,7 +57,7 @@ from train import (CERTIFY, CLOSE, InputError, Parser, Progress, attack, ball, c
 
 STATUSES = ("misclassified", "attacked", "certified", "unknown")
 STAGES = (*RELAXATIONS, "branch-and-bound")
-ROUNDING = 1e-6       # of an attacked sample: a bound above it is a contradiction
+ROUNDING = 1e-6       # a bound above it and a counterexample contradict each other; below, a tie
 
 # Branch and bound: settings that did well on the benchmark networks of the README.
 WIDTH = 64            # nodes cut at once
@@ -71,7 +71,8 @@ STORE = 2 ** 27       # numbers kept for waiting nodes (512 MB); beyond it, tree
 class Verdict:
     status: str = "unknown"    # one of STATUSES
     stage: str = ""            # what settled it: forward, attack, box, ...; "" if unknown
-    bound: float = -math.inf   # the smallest margin lower bound proved, the best over stages
+    bound: float = -math.inf   # the smallest margin lower bound proved, the best over stages; where
+    #                            branching was cut short, up to rounding in float32
     seconds: float = 0.0       # spent on it; the time of a batch is shared equally
     counterexample: Optional[torch.Tensor] = None
     seconds_by_stage: dict = field(default_factory=dict)
@@ -114,8 +115,9 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     net: an nn.Sequential as relaxations.py supports it, in eval mode, on the device and in the
     dtype of x.  x: (n, ...) in [0, 1].  y: (n,) labels.  timeout: seconds per sample; one that has
     used them up enters no further stage, and its branching stops (None: no limit, so that branch
-    and bound settles every sample in the end).  stages: any of STAGES.  steps, restarts: of the
-    attack; restarts=None is one for each class, 0 leaves it out.  batch: samples bounded at once.
+    and bound settles every sample in the end, but for margins that rounding hides).  stages: any of
+    STAGES.  steps, restarts: of the attack; restarts=None is one for each class, 0 leaves it out.
+    batch: samples bounded at once.
     tolerance: go on until the smallest margin over the ball is known to so much, in float64:
     bound <= margin <= bound + tolerance (None: until its sign is known). Misclassified samples are
     left out of that.
@@ -136,8 +138,8 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
                          "there have to be two")
     if tolerance < math.inf:
         net, x, y = in_float64(net, x, y)
-    timeout = math.inf if timeout is None else timeout
-    settings = Settings(eps, timeout, stages, steps, restarts, seed, tolerance)
+    settings = Settings(eps, math.inf if timeout is None else timeout, stages, steps,
+                        K if restarts is None else restarts, seed, tolerance)
     verdicts = [Verdict(index=i) for i in range(len(x))]
     for start in range(0, len(x), batch):
         part = slice(start, start + batch)
@@ -168,9 +170,8 @@ def _attacked(net, x, y, settings, verdicts):
             v.status, v.stage = "misclassified", "forward"
     left = [i for i, v in enumerate(verdicts) if v.status == "unknown"]
     if left and settings.restarts != 0:
-        restarts = net(x[:1]).shape[1] if settings.restarts is None else settings.restarts
-        points, upper[left] = attack(net, x[left], y[left], settings.eps, settings.steps, restarts,
-                                     settings.seed)
+        points, upper[left] = attack(net, x[left], y[left], settings.eps, settings.steps,
+                                     settings.restarts, settings.seed)
         for i, point in zip(left, points):
             if upper[i] <= 0:
                 verdicts[i].status, verdicts[i].stage = "attacked", "attack"
@@ -359,9 +360,9 @@ def _try_points(net, x, y, eps, points, nodes, trees):
             continue
         v, margin = tree.verdict, forward_margin(net, points[i:i + 1], y[sample[i:i + 1]]).item()
         tree.upper = min(tree.upper, margin)
-        if margin <= 0 and tree.verdict.status == "certified":
+        if margin <= 0 and v.status == "certified" and v.bound > ROUNDING:
             raise ContradictionError(v.index, v.stage, v.bound, points[i])
-        if margin <= 0 and v.status == "unknown":
+        if margin <= 0 and v.status != "attacked":
             v.status, v.stage, v.counterexample = "attacked", "branch-and-bound", points[i].clone()
 
 

@@ -1193,6 +1193,21 @@ def random_subdomain(net, x, y, eps, cuts, seed=0):
                                 signs, multipliers, slopes)
 
 
+def test_a_counterexample_contradicts_a_certificate_unless_both_are_a_tie():
+    net = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2)).double().requires_grad_(False)
+    for p, value in zip(net.parameters(), (1.0, -0.5, torch.tensor([[1.0], [0.0]]), 0.0)):
+        p[:] = value                                       # the margin of class 0 is relu(x - 1/2)
+    x, y = torch.tensor([[0.8]]).double(), torch.tensor([0])
+    _, node = random_subdomain(net, x, y, 0.4, 0)
+    point = torch.tensor([[0.45]]).double()                # margin 0
+    tree = certify.Tree(0, certify.Verdict("certified", "box", 1e-16), 1.0)
+    certify._try_points(net, x, y, 0.4, point, [node], [tree])
+    assert tree.verdict.status == "attacked" and (tree.verdict.counterexample == point[0]).all()
+    tree = certify.Tree(0, certify.Verdict("certified", "box", 0.1), 1.0)
+    with pytest.raises(certify.ContradictionError, match="a bound is unsound"):
+        certify._try_points(net, x, y, 0.4, point, [node], [tree])
+
+
 @pytest.mark.parametrize("steps", [0, 10])
 @pytest.mark.parametrize("name", ["mlp", "windows", "batchnorm"])
 def test_bounds_of_subdomains_are_sound_inside_and_halves_cover_the_whole(name, steps):

@@ -772,7 +772,7 @@ def parse_config(argv):
                "Gaussian loss smoothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     eps, switch = number(0, 1), argparse.BooleanOptionalAction
     p.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, or PATH.npz")
-    p.add_argument("--relax", choices=RELAXATIONS[:3], default=COMMON["relax"])
+    p.add_argument("--relax", choices=RELAXATIONS[:3], default=COMMON["relax"])  # with a gradient
     p.add_argument("--opt", choices=("grad", "rgs", "pgpe"), default=COMMON["opt"])
     p.add_argument("--net", choices=NETWORKS, help="default: by data set")
     p.add_argument("--eps", type=eps,
