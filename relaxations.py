@@ -58,6 +58,7 @@ RELAXATIONS = ("box", "crown-ibp", "deeppoly", "alpha-crown")
 CHUNK = {"cpu": 2 ** 22, "cuda": 2 ** 27, "mps": 2 ** 27}
 # The ascent of alpha-CROWN: its length, and Adam's first step for slopes and for multipliers.
 STEPS, RATES = 20, (0.3, 0.2)
+KEPT = 16
 
 
 # ---------------------------------------------------------------------------------- the network
@@ -248,7 +249,8 @@ def one(l, u):
 
 def parallel(l, u):
     """The slope of the upper line, u / (u - l) (Fast-Lin; the zonotope of DeepZ)."""
-    return u / (u - l)
+    above, below = F.relu(u), F.relu(-l)
+    return above / (above + below + torch.finfo(l.dtype).tiny)
 
 
 class Relu(NamedTuple):
@@ -259,15 +261,18 @@ class Relu(NamedTuple):
 
 
 def relax_relu(l, u, slope=adaptive):
-    """The two lines for every neuron with pre-activation in [l, u]; slope(l, u) in [0, 1]."""
-    unstable = (l < 0) & (u > 0)
-    # Stable neurons get stand-ins for l and u, so that no 0/0 reaches the gradient. Adding 0 * t is
-    # 0, unless t overflowed: then NaN reaches the margins, and nothing is certified.
-    low, high = torch.where(unstable, l, -1.0), torch.where(unstable, u, 1.0)
-    width, stable = high - low, (l >= 0) + 0 * (l + u)
-    upper = torch.where(unstable, high / width + 0 * width, stable)
-    lower = torch.where(unstable, slope(low, high), stable)
-    return Relu(lower, upper, torch.where(unstable, -upper * low, 0.0))
+    """The two lines for every neuron with pre-activation in [l, u]; slope(l, u) in [0, 1].
+
+    Where l < 0 < u does not hold, slope(l, u) has to be finite, and does not matter.
+    """
+    below, above = F.relu(-l), F.relu(u)
+    width = above + below + torch.finfo(l.dtype).tiny                # tiny: not 0/0 at l = u = 0
+    # 1 if l >= 0, 0 if u <= 0. Adding 0 * width is nothing, unless it overflowed: then NaN reaches
+    # the margins, and no sample is certified.
+    upper = above / width + 0 * width
+    lower = torch.lerp(upper.floor(), upper.ceil(), slope(l, u))     # where stable, as the upper one
+    # Through (u, u), not (l, 0): still above relu where tiny counts and the slope is too small.
+    return Relu(lower, upper, above - upper * above)
 
 
 # ------------------------------------------------------------------------- windows of coefficients
@@ -304,9 +309,17 @@ def _below(window, op):
                   tuple(Q * t + q for Q, t, q in zip(window.padding, s, p)))
 
 
+def _padded(t, value=0):
+    """Fill up the last dimension to a multiple of 16, which matrix products are fast with."""
+    return F.pad(t, (0, -t.shape[-1] % 16), value=value)
+
+
 @lru_cache(maxsize=64)
 def _seen(window, positions, shape, device):
-    """Which neurons of a (C, H, W) map each position sees: indices (G, F), or N for padding."""
+    """Which neurons of a (C, H, W) map each position sees: indices (G, F), or N for nothing.
+
+    F = C * kh * kw, and then some for nothing.
+    """
     C, H, W = shape
     with torch.inference_mode(False):      # the result is kept, and has to serve in training too
         ys, xs = (torch.arange(n, device=device)[:, None] * s - p + torch.arange(k, device=device)
@@ -314,7 +327,8 @@ def _seen(window, positions, shape, device):
         ys, xs = ys[:, None, None, :, None], xs[None, :, None, None, :]    # (Ho, 1, 1, kh, 1), ...
         inside = (ys >= 0) & (ys < H) & (xs >= 0) & (xs < W)
         index = torch.arange(C, device=device)[:, None, None] * (H * W) + ys * W + xs
-        return index.masked_fill(~inside, C * H * W).flatten(2).flatten(0, 1)
+        index = index.masked_fill(~inside, C * H * W).flatten(2).flatten(0, 1)
+        return _padded(index, C * H * W)
 
 
 class Rows(NamedTuple):
@@ -355,7 +369,7 @@ def _whole_map(A, window, shape, rows):
 
 
 def _matrix(op, kernel):
-    """A convolution on a window: (P, O*kh*kw, F), one row per entry of a kernel-sized patch.
+    """A convolution on a window: (P, F above, F below), one row per entry of a patch.
 
     The transposed convolution of each unit patch; F covers the window below, see _below.
     """
@@ -365,7 +379,14 @@ def _matrix(op, kernel):
     patches = patches.repeat(1, P, 1, 1)                                       # (n, P*O, kh, kw)
     M = F.conv_transpose2d(patches, op.weight.flatten(0, 1), stride=op.stride,
                            dilation=op.dilation, groups=P * op.groups)
-    return M.view(n, P, -1).transpose(0, 1)
+    return F.pad(_padded(M.view(n, P, -1).transpose(0, 1)), (0, 0, 0, -n % 16))
+
+
+def _bias(op, window):
+    """The bias of each neuron that a row sees, (P, F)."""
+    kernel = op.out_shape[1:] if window is None else window.kernel
+    bias = op.bias.repeat_interleave(torch.Size(kernel).numel(), 1)
+    return bias if window is None else _padded(bias)
 
 
 # ------------------------------------------------------------------------------ back-substitution
@@ -380,7 +401,7 @@ def _through_affine(A, d, window, op, rows):
         A = _whole_map(A, window, op.out_shape, rows)                          # (P, B, 1, G*R, N)
         d = d.expand(-1, -1, A.shape[3] // d.shape[3], -1).flatten(2).unsqueeze(2)
     lead, flat = A.shape[1:-1], A.flatten(1, 3)                                # (P, rows, F)
-    b = op.bias.repeat_interleave(A.shape[-1] // op.bias.shape[1], dim=1)[..., None]
+    d = d + _dot(A, _bias(op, window and below and window)[:, None, None, None])
     if not op.is_conv:
         M = op.weight
     elif below is not None:
@@ -389,22 +410,53 @@ def _through_affine(A, d, window, op, rows):
         # on a map this small, one dense matrix beats the convolution
         M = _conv_transpose(torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)[None], op)
     else:
-        return (_conv_transpose(flat, op).view(-1, *lead, torch.Size(op.in_shape).numel()),
-                d + (flat @ b).view(-1, *lead), None)
-    # The bias is one more column of the matrix, so that A is read once, and its gradient too.
-    A, constant = (flat @ torch.cat([M, b], -1)).split([M.shape[-1], 1], -1)
-    return A.view(-1, *lead, M.shape[-1]), d + constant.view(-1, *lead), below
+        return _conv_transpose(flat, op).view(-1, *lead, torch.Size(op.in_shape).numel()), d, None
+    return (flat @ M).view(-1, *lead, M.shape[-1]), d, below
 
 
 def _conv_transpose(A, op):
     """Rows over the whole output map -> over the whole input map: (P, M, N_out) -> (P, M, N_in)."""
     P, M = len(op.weight), A.shape[1]
     A = A.expand(P, -1, -1).transpose(0, 1).reshape(M, -1, *op.out_shape[1:])  # (M, P*O, Ho, Wo)
-    rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, p, d, k, s in zip(
-        op.in_shape[1:], op.padding, op.dilation, op.weight.shape[3:], op.stride)]
-    A = F.conv_transpose2d(A, op.weight.flatten(0, 1), None, op.stride, op.padding,
-                           output_padding=rest, groups=P * op.groups, dilation=op.dilation)
+    A = _ConvTranspose.apply(A, op.weight.flatten(0, 1), op, P * op.groups)
     return A.reshape(M, P, -1).transpose(0, 1)
+
+
+class _ConvTranspose(torch.autograd.Function):
+    """conv_transpose2d, fast on a CPU for few output channels too. Backwards, it is conv2d."""
+
+    @staticmethod
+    def forward(ctx, A, weight, op, groups):
+        ctx.save_for_backward(A, weight)
+        ctx.options = dict(stride=op.stride, padding=op.padding, dilation=op.dilation,
+                           groups=groups)
+        size, (s, t), (p, q) = op.in_shape[1:], op.stride, op.padding
+        kernel = weight.shape[2:]
+        if A.is_cpu and weight.shape[1] < 4 and op.groups == 1 and op.dilation == (1, 1) \
+                and (s, t) != (1, 1) and s == t and (p // s < -(-kernel[0] // s)) and p == q and kernel[0] == kernel[1]:
+            # Each of the s*s outputs between two inputs is a convolution: sub-pixel convolution.
+            k = -(-kernel[0] // s)
+            W = F.pad(weight, (0, k * s - kernel[1], 0, k * s - kernel[0]))
+            W = W.view(groups, -1, W.shape[1], k, s, k, s).permute(0, 2, 4, 6, 1, 3, 5)
+            W = W.flip(5, 6).flatten(0, 3)
+            Z = F.pixel_shuffle(F.conv2d(A, W, padding=k - 1 - p // s, groups=groups), s)
+            lack = [n + p % s - m for n, m in zip(size, Z.shape[2:])]
+            return F.pad(Z, (-(p % s), lack[1], -(p % s), lack[0])).contiguous()
+        rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, p, d, k, s in zip(
+            size, op.padding, op.dilation, kernel, op.stride)]
+        return F.conv_transpose2d(A, weight, output_padding=rest, **ctx.options)
+
+    @staticmethod
+    def backward(ctx, g):
+        A, weight = ctx.saved_tensors
+        return (F.conv2d(g, weight, **ctx.options) if ctx.needs_input_grad[0] else None,
+                nn.grad.conv2d_weight(g, weight.shape, A, **ctx.options)
+                if ctx.needs_input_grad[1] else None, None, None)
+
+
+def _negative(A):
+    """min(A, 0): as clamp(max=0), whose backward pass takes ten times as long on a CPU."""
+    return F.hardtanh(A, -torch.inf, 0.0)
 
 
 def _through_relu(A, d, lower, upper, intercept, multiplier=None):
@@ -413,7 +465,7 @@ def _through_relu(A, d, lower, upper, intercept, multiplier=None):
     A+ (lower z) + A- (upper z + intercept), where A = A+ + A-. Slopes (P, B, G, 1 or R, F).
     multiplier: Lagrange multipliers of the sign of z, (P, B, G, R, F); see "free choices".
     """
-    negative = A.clamp(max=0)
+    negative = _negative(A)
     d = d + _dot(negative, intercept)
     A = torch.addcmul(A * lower, negative, upper - lower)
     return A if multiplier is None else A - multiplier, d
@@ -421,14 +473,64 @@ def _through_relu(A, d, lower, upper, intercept, multiplier=None):
 
 def _minimum(A, d, lower, upper):
     """min of A x + d over the box lower <= x <= upper: A+ lower + A- upper + d, exact."""
-    return d + _dot(A, lower) + _dot(A.clamp(max=0), upper - lower)
+    if A.shape[1:3] == (1, 1):
+        return d + _dot(A, lower) + _dot(_negative(A), upper - lower)
+    return d + _Minimum.apply(A, lower, upper - lower)
+
+
+class _Minimum(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, A, lower, width):
+        ctx.save_for_backward(A, lower, width)
+        return (A @ lower.mT + _negative(A) @ width.mT).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, g):
+        A, lower, width = ctx.saved_tensors
+        g = g[..., None]
+        gA = torch.ops.aten.hardtanh_backward(g * width, A, -torch.inf, 0.0).addcmul_(g, lower)
+        row = g.mT
+        return (gA.sum_to_size(A.shape),
+                (row @ A).sum_to_size(lower.shape) if ctx.needs_input_grad[1] else None,
+                (row @ _negative(A)).sum_to_size(width.shape) if ctx.needs_input_grad[2] else None)
+
+
+class _Sides(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, X, Y):
+        O = X.shape[3]
+        out = X.new_empty(*X.shape[:3], 2 * O, *X.shape[4:])
+        torch.sub(X, Y, out=out[:, :, :, :O])
+        torch.add(X, Y, out=out[:, :, :, O:]).neg_()
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = g.chunk(2, 3)
+        return a - b, (a + b).neg_()
+
+
+class _Dot(torch.autograd.Function):
+    """(A @ v.mT).squeeze(-1), whose own backward pass loops over samples on a CPU."""
+
+    @staticmethod
+    def forward(ctx, A, v):
+        ctx.save_for_backward(A, v)
+        return (A @ v.mT).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, g):
+        A, v = ctx.saved_tensors
+        return ((g[..., None] * v).sum_to_size(A.shape) if ctx.needs_input_grad[0] else None,
+                (g[..., None, :] @ A).sum_to_size(v.shape) if ctx.needs_input_grad[1] else None)
 
 
 def _dot(A, v):
     """(P, B, G, R, F) . (P, B, G, 1, F) -> (P, B, G, R); one matrix product if all share A."""
     if A.shape[1:3] == (1, 1):
         return (v.flatten(1, 3) @ A[:, 0, 0].mT).view(-1, *v.shape[1:3], A.shape[3])
-    return (A @ v.mT).squeeze(-1)
+    return _Dot.apply(A, v)
 
 
 def _lower_bounds(A, d, window, shape, rows, stages, bottom, relus, box, free=None, trace=None):
@@ -484,16 +586,55 @@ def _first_rows(op):
     O, P = op.out_shape[0], len(op.weight)
     rows = Rows(op.out_shape[1:] if op.is_conv else (1, 1))
     eye = torch.eye(O, dtype=op.weight.dtype, device=op.weight.device)[None, None, None]
+    eye = _padded(eye) if op.is_conv else eye
     W, c, window = _through_affine(eye, eye.new_zeros(1, 1, 1, O),
                                    Window((1, 1), (1, 1), (0, 0)) if op.is_conv else None, op, rows)
     return W.view(P, -1, O, W.shape[-1]), c.view(P, -1, O), window, rows
 
 
+def _first_relu(W, c, window, rows, relu, op):
+    """The first two steps of back-substitution, a ReLU and the affine layer op below it, for rows
+    W z + c that all samples and positions share: W (P, O, F), c (P, O).
+
+    With m and r the mean and half the difference of the two slopes, and t the intercept,
+        a relu(z)  >=  a (m z + t/2) - |a| (r z + t/2)
+        a relu(z)  <=  a (m z + t/2) + |a| (r z + t/2)
+    and z = M h + b. So two products serve for both: of m and r (P, B*G, F) with what depends on
+    the weights alone, a M and |a| M (P, F, O*F'). No sample has coefficients of z of its own.
+
+    Returns a function of slices of samples and of rows: coefficients (P, B, G, 2O, F') and
+    constants (P, B, G, 2O) of the lower bounds of the rows, and of minus the rows.
+    """
+    M, b = _matrix(op, window.kernel), _bias(op, window)[:, None, None]
+    lower, upper, intercept = relu
+    mean, half, t = (_take(map, window, op.out_shape, rows)[..., 0, :]
+                     for map in ((lower + upper) / 2, (upper - lower) / 2, intercept / 2))
+    sides = (mean, mean * b + t), (half, half * b + t)                         # (P, B, G, F) each
+
+    def product(A, slope, constant):
+        AM = (A.mT[..., None] * M[:, :, None]).flatten(2)                      # (P, F, O*F')
+        lead = *slope.shape[1:3], A.shape[1]
+        return ((slope.flatten(1, 2) @ AM).view(len(M), *lead, -1),
+                (constant.flatten(1, 2) @ A.mT).view(len(M), *lead))
+
+    def start(samples, some):
+        A = W[:, some]
+        (X, x), (Y, y) = (product(a, *(t[:, samples] for t in side))
+                          for a, side in zip((A, A.abs()), sides))
+        x = x + c[:, None, None, some]
+        return _Sides.apply(X, Y), torch.cat([x - y, -x - y], 3)
+
+    return start
+
+
 def _in_chunks(bound, jobs):
-    """Results of all jobs, one after another, keeping only what the backward pass cannot redo."""
-    if len(jobs) == 1 or not torch.is_grad_enabled():
+    """Results of all jobs, one after another. The first KEPT keep what their backward passes need,
+    the others compute it again: the memory stays bounded."""
+    if not torch.is_grad_enabled():
         return [bound(*job) for job in jobs]
-    return [checkpoint(bound, *job, use_reentrant=False, preserve_rng_state=False) for job in jobs]
+    return [bound(*job) for job in jobs[:KEPT]] + [
+        checkpoint(bound, *job, use_reentrant=False, preserve_rng_state=False)
+        for job in jobs[KEPT:]]
 
 
 def _back_substituted(s, stages, relus, box, chunk):
@@ -504,15 +645,26 @@ def _back_substituted(s, stages, relus, box, chunk):
     op, below = stages[s][-1], [*stages[:s], stages[s][:-1]]
     W, c, window, rows = _first_rows(op)
     P, B, O, G = len(W), box[0].shape[1], W.shape[2], rows.positions[0] * rows.positions[1]
-    pairs = max(1, chunk // (2 * P * G * _widest(window, op.in_shape, sum(below, []))))
-    channels, samples = min(O, pairs), max(1, pairs // O)
+    fused = None
+    if s > 0 and not below[-1] and stages[s - 1] and window is not None \
+            and _below(window, stages[s - 1][-1]) is not None:
+        last = stages[s - 1][-1]
+        fused = _first_relu(W[:, 0], c[:, 0], window, rows, relus[s - 1], last)
+        window, shape, below = _below(window, last), last.in_shape, [*stages[:s - 1], stages[s - 1][:-1]]
+    else:
+        shape = op.in_shape
+    pairs = max(1, chunk // (2 * P * G * _widest(window, shape, sum(below, []))))
+    samples, channels = min(B, pairs), max(1, pairs // B)
 
     def bound(b, o):
-        A = torch.stack((W[:, :, o:o + channels], -W[:, :, o:o + channels]), 2)
-        d = torch.stack((c[:, :, o:o + channels], -c[:, :, o:o + channels]), 2)
-        some = [[t[:, b:b + samples] for t in maps] for maps in (*relus[:s], box)]
-        low = _lower_bounds(A.view(P, 1, 1, -1, A.shape[-1]), d.view(P, 1, 1, -1), window,
-                            op.in_shape, rows, below, 0, some[:-1], some[-1])
+        i, j = slice(b, b + samples), slice(o, o + channels)
+        if fused:
+            A, d = fused(i, j)
+        else:
+            A, d = torch.stack((W[:, :, j], -W[:, :, j]), 2), torch.stack((c[:, :, j], -c[:, :, j]), 2)
+            A, d = A.view(P, 1, 1, -1, A.shape[-1]), d.view(P, 1, 1, -1)
+        some = [[t[:, i] for t in maps] for maps in (*relus[:len(below) - 1], box)]
+        low = _lower_bounds(A, d, window, shape, rows, below, 0, some[:-1], some[-1])
         return low.view(P, low.shape[1], G, 2, -1).transpose(2, 4)             # (P, b, o, 2, G)
 
     starts = range(0, O, channels)
@@ -809,17 +961,20 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     inputs = [F.relu(t) for t in bounds[-1]] if bottom else box
     relus = [] if bottom else [relax_relu(l, u, slope) for l, u in bounds]
     eye = torch.eye(K, dtype=x.dtype, device=x.device)
-    C = eye[y][:, None] - eye                                                  # (B, K, K) 
-
     def bound(b):
         some = [[t[:, b:b + samples] for t in maps] for maps in (*relus, inputs)]
-        A = C[b:b + samples][None, :, None]                                    # (1, B, 1, R=K, K)
+        labels = y[b:b + samples]
+        if bottom:           # rows that depend on the label alone: one product for all samples
+            labels, of = labels.unique(return_inverse=True)
+        A = (eye[labels][:, None] - eye)[None, :, None]                # (1, B or U, 1, R=K, K)
+        A = A.flatten(1, 3)[:, None, None] if bottom else A
 
         def low(free):
             return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, (K,), Rows((1, 1)), stages,
                                  bottom, some[:-1], some[-1], free)
 
-        return _with_best_slopes(low, steps if relax == "alpha-crown" else 0)[:, :, 0]
+        low = _with_best_slopes(low, steps if relax == "alpha-crown" else 0)[:, :, 0]
+        return low.unflatten(-1, (-1, K))[:, torch.arange(len(of)), of] if bottom else low
 
     widest = _widest(None, (K,), sum(stages[bottom:], []))
     chunk = chunk or CHUNK[x.device.type]

@@ -1,0 +1,97 @@
+"""What the benchmarks share: the machine, interleaved timing, peak memory, a JSON file."""
+import ctypes
+import json
+import multiprocessing
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def machine(device):
+    """Where and with what a number was measured."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+    return dict(device=torch.cuda.get_device_name() if device == "cuda" else cpu,
+                machine=platform.platform(), threads=torch.get_num_threads(),
+                python=platform.python_version(), torch=str(torch.__version__),
+                commit=git.stdout.strip(), command=" ".join(["python", *sys.argv]))
+
+
+def seconds(call, device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turns(calls, pairs, device):
+    """Seconds of {name: call}, run in turns after one warm-up each: {name: [seconds]}."""
+    for call in calls.values():
+        call()
+    times = {name: [] for name in calls}
+    for _ in range(pairs):
+        for name, call in calls.items():
+            times[name].append(seconds(call, device))
+    return times
+
+
+def ratio(times, name, base):
+    """Median over the turns of the time of base in units of that of name."""
+    return median(b / t for b, t in zip(times[base], times[name]))
+
+
+def _resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def _measure(prepare, args, device, queue):
+    warm_up, call = prepare(*args)
+    warm_up()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        queue.put((torch.cuda.max_memory_allocated() - before) / 2 ** 20)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)                       # give back what the warm-up freed
+        Path("/proc/self/clear_refs").write_text("5")          # VmHWM starts anew
+        before = _resident("VmRSS")
+        call()
+        queue.put(_resident("VmHWM") - before)
+
+
+def peak_memory(prepare, args, device, limit=600):
+    """MiB that a call takes at its peak, in a process of its own: on a CPU, of resident memory.
+
+    prepare(*args) -> (warm-up, call), at the top level of a module. None: it did not get there.
+    """
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_measure, args=(prepare, args, device, queue))
+    process.start()
+    try:
+        return queue.get(timeout=limit)
+    except Exception:                                          # Empty: killed, failed or too slow
+        process.kill()
+        return None
+    finally:
+        process.join()
+
+
+def write(path, **content):
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")
