@@ -55,10 +55,10 @@ torch.backends.cuda.matmul.allow_tf32 = False
 RELAXATIONS = ("box", "crown-ibp", "deeppoly", "alpha-crown")
 # How many coefficients one pass holds, and so the memory. On a CPU, 16 MB of float32: a chunk that
 # stays in the cache is faster than one pass over everything, although the backward pass redoes it.
-CHUNK = {"cpu": 2 ** 22, "cuda": 2 ** 27, "mps": 2 ** 27}
+CHUNK = {"cpu": 2 ** 24, "cuda": 2 ** 27, "mps": 2 ** 27}
 # The ascent of alpha-CROWN: its length, and Adam's first step for slopes and for multipliers.
 STEPS, RATES = 20, (0.3, 0.2)
-KEPT = 16
+KEPT = 4
 
 
 # ---------------------------------------------------------------------------------- the network
@@ -215,11 +215,11 @@ def interval(ops, lower, upper):
 
     Exact for one affine layer over a box; for several in a row, only sound. (P or 1, B, N) each.
     """
-    centre, radius = (lower + upper) / 2, (upper - lower) / 2
     for op in ops:
-        centre = _forward(op, centre, op.weight, op.bias)
-        radius = _forward(op, radius, op.weight.abs())
-    return centre - radius, centre + radius
+        centre = _forward(op, lower + upper, op.weight / 2, op.bias)
+        radius = _forward(op, upper - lower, op.weight.abs() / 2)
+        lower, upper = centre - radius, centre + radius
+    return lower, upper
 
 
 # ----------------------------------------------------------------------------- relaxing one ReLU
@@ -270,7 +270,8 @@ def relax_relu(l, u, slope=adaptive):
     # 1 if l >= 0, 0 if u <= 0. Adding 0 * width is nothing, unless it overflowed: then NaN reaches
     # the margins, and no sample is certified.
     upper = above / width + 0 * width
-    lower = torch.lerp(upper.floor(), upper.ceil(), slope(l, u))     # where stable, as the upper one
+    stable = upper.detach()
+    lower = torch.lerp(stable.floor(), stable.ceil(), slope(l, u))   # where stable, as the upper one
     # Through (u, u), not (l, 0): still above relu where tiny counts and the slope is too small.
     return Relu(lower, upper, above - upper * above)
 
@@ -454,9 +455,39 @@ class _ConvTranspose(torch.autograd.Function):
                 if ctx.needs_input_grad[1] else None, None, None)
 
 
-def _negative(A):
-    """min(A, 0): as clamp(max=0), whose backward pass takes ten times as long on a CPU."""
-    return F.hardtanh(A, -torch.inf, 0.0)
+class _Lines(torch.autograd.Function):
+    """A+ lower + A- upper (P, B, G, R, F) and A- . intercept (P, B, G, R), where A = A+ + A-.
+
+    The inner loop of everything, so its backward pass is written out: fewer passes over A than
+    autograd's, and A is all it keeps. (hardtanh(A, -inf, 0) is A-; clamp is slow backwards.)
+    """
+
+    @staticmethod
+    def forward(ctx, A, lower, upper, intercept):
+        ctx.save_for_backward(A, lower, upper, intercept)
+        negative = F.hardtanh(A, -torch.inf, 0.0)
+        return (torch.addcmul(A * lower, negative, upper - lower),
+                None if intercept is None else _dot(negative, intercept))
+
+    @staticmethod
+    def backward(ctx, g, h):
+        A, lower, upper, intercept = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        grad, grads = None, [None, None, None]
+        if need[0]:
+            grad = g * (upper - lower)
+            if intercept is not None:
+                grad.addcmul_(h[..., None], intercept)
+            grad = torch.ops.aten.hardtanh_backward(grad, A.expand_as(grad), -torch.inf, 0.0)
+            grad = grad.addcmul_(g, lower).sum_to_size(A.shape)
+        if need[1]:
+            grads[0] = (g * F.relu(A)).sum_to_size(lower.shape)
+        if need[2]:
+            negative = F.hardtanh(A, -torch.inf, 0.0)
+            grads[1] = (g * negative).sum_to_size(upper.shape)
+            if intercept is not None:
+                grads[2] = (h[..., None, :] @ negative).sum_to_size(intercept.shape)
+        return grad, *grads
 
 
 def _through_relu(A, d, lower, upper, intercept, multiplier=None):
@@ -465,35 +496,15 @@ def _through_relu(A, d, lower, upper, intercept, multiplier=None):
     A+ (lower z) + A- (upper z + intercept), where A = A+ + A-. Slopes (P, B, G, 1 or R, F).
     multiplier: Lagrange multipliers of the sign of z, (P, B, G, R, F); see "free choices".
     """
-    negative = _negative(A)
-    d = d + _dot(negative, intercept)
-    A = torch.addcmul(A * lower, negative, upper - lower)
-    return A if multiplier is None else A - multiplier, d
+    A, constant = _Lines.apply(A, lower, upper, intercept)
+    return A if multiplier is None else A - multiplier, d + constant
 
 
 def _minimum(A, d, lower, upper):
     """min of A x + d over the box lower <= x <= upper: A+ lower + A- upper + d, exact."""
     if A.shape[1:3] == (1, 1):
-        return d + _dot(A, lower) + _dot(_negative(A), upper - lower)
-    return d + _Minimum.apply(A, lower, upper - lower)
-
-
-class _Minimum(torch.autograd.Function):
-
-    @staticmethod
-    def forward(ctx, A, lower, width):
-        ctx.save_for_backward(A, lower, width)
-        return (A @ lower.mT + _negative(A) @ width.mT).squeeze(-1)
-
-    @staticmethod
-    def backward(ctx, g):
-        A, lower, width = ctx.saved_tensors
-        g = g[..., None]
-        gA = torch.ops.aten.hardtanh_backward(g * width, A, -torch.inf, 0.0).addcmul_(g, lower)
-        row = g.mT
-        return (gA.sum_to_size(A.shape),
-                (row @ A).sum_to_size(lower.shape) if ctx.needs_input_grad[1] else None,
-                (row @ _negative(A)).sum_to_size(width.shape) if ctx.needs_input_grad[2] else None)
+        return d + _dot(A, lower) + _dot(F.hardtanh(A, -torch.inf, 0.0), upper - lower)
+    return d + _Lines.apply(A, lower, upper, None)[0].sum(-1)
 
 
 class _Sides(torch.autograd.Function):
