@@ -55,10 +55,10 @@ torch.backends.cuda.matmul.allow_tf32 = False
 RELAXATIONS = ("box", "crown-ibp", "deeppoly", "alpha-crown")
 # How many coefficients one pass holds, and so the memory. On a CPU, 16 MB of float32: a chunk that
 # stays in the cache is faster than one pass over everything, although the backward pass redoes it.
-CHUNK = {"cpu": 2 ** 24, "cuda": 2 ** 27, "mps": 2 ** 27}
+CHUNK = {"cpu": 2 ** 23, "cuda": 2 ** 27, "mps": 2 ** 27}
 # The ascent of alpha-CROWN: its length, and Adam's first step for slopes and for multipliers.
 STEPS, RATES = 20, (0.3, 0.2)
-KEPT = 4
+KEPT = 32
 
 
 # ---------------------------------------------------------------------------------- the network
@@ -67,7 +67,7 @@ class Affine(NamedTuple):
     """One affine layer z = W h + b of a network, for each of P parameter vectors."""
     weight: torch.Tensor     # (P, O, I), or (P, O, C/groups, kh, kw) for a convolution
     bias: torch.Tensor       # (P, O)
-    in_shape: tuple          # (N,) or (C, H, W)
+    in_shape: tuple          # (N,) or (C, H, W), also of a linear layer that reads a map
     out_shape: tuple
     stride: tuple = None     # None marks a linear layer
     padding: tuple = None
@@ -120,6 +120,7 @@ def read_network(net, in_shape, params=None):
         return own if own is None else own[None].expand(P, *own.shape) if t is None else t
 
     stages, shapes, shape = [[]], [], tuple(in_shape)
+    source = shape                                         # as shape, but not flattened
     for i, layer in enumerate(net):
         where = f"layer {i} ({type(layer).__name__})"
         if _is(layer, nn.ReLU):
@@ -135,11 +136,11 @@ def read_network(net, in_shape, params=None):
                                  f"{shape}" + "; is nn.Flatten() missing?" * (len(shape) == 3))
             bias = get(i, "bias")
             bias = get(i, "weight").new_zeros(P, layer.out_features) if bias is None else bias
-            stages[-1].append(Affine(get(i, "weight"), bias, shape, (layer.out_features,)))
-            shape = stages[-1][-1].out_shape
+            stages[-1].append(Affine(get(i, "weight"), bias, source, (layer.out_features,)))
+            source = shape = stages[-1][-1].out_shape
         elif _is(layer, nn.Conv2d):
             stages[-1].append(_read_conv(layer, where, get(i, "weight"), get(i, "bias"), shape))
-            shape = stages[-1][-1].out_shape
+            source = shape = stages[-1][-1].out_shape
         elif _is(layer, nn.BatchNorm2d):
             scale, shift = _read_batchnorm(layer, where, shape, lambda name: get(i, name))
             if stages[-1] and stages[-1][-1].is_conv:
@@ -317,17 +318,17 @@ def _padded(t, value=0):
 
 @lru_cache(maxsize=64)
 def _seen(window, positions, shape, device):
-    """Which neurons of a (C, H, W) map each position sees: indices (G, F), or N for nothing.
+    """Which neurons of a map each position sees: indices (G, F) into (C, H, W), N for nothing.
 
-    F = C * kh * kw, and then some for nothing.
+    F is kh * kw * C, in this order, filled up with nothing.
     """
     C, H, W = shape
     with torch.inference_mode(False):      # the result is kept, and has to serve in training too
         ys, xs = (torch.arange(n, device=device)[:, None] * s - p + torch.arange(k, device=device)
                   for n, s, p, k in zip(positions, window.stride, window.padding, window.kernel))
-        ys, xs = ys[:, None, None, :, None], xs[None, :, None, None, :]    # (Ho, 1, 1, kh, 1), ...
+        ys, xs = ys[:, None, :, None, None], xs[None, :, None, :, None]    # (Ho, 1, kh, 1, 1), ...
         inside = (ys >= 0) & (ys < H) & (xs >= 0) & (xs < W)
-        index = torch.arange(C, device=device)[:, None, None] * (H * W) + ys * W + xs
+        index = torch.arange(C, device=device) * (H * W) + ys * W + xs
         index = index.masked_fill(~inside, C * H * W).flatten(2).flatten(0, 1)
         return _padded(index, C * H * W)
 
@@ -343,11 +344,19 @@ class Rows(NamedTuple):
         return self.sample is not None
 
 
+def _channels_last(t, shape, back=False):
+    """The last dimension of t, if it is a map (C, H, W), in the order (H, W, C); or back."""
+    if len(shape) < 3:
+        return t
+    C, H, W = shape
+    return t.unflatten(-1, (H * W, C) if back else (C, H * W)).mT.flatten(-2)
+
+
 def _take(t, window, shape, rows):
     """What each row sees of a map t (P or 1, B, N): (P, B, G, 1, F); if picked, (P, U, 1, 1, F)."""
     G = 1
     if window is None:
-        t = t[:, :, None]                                                      # (P, B, 1, N)
+        t = _channels_last(t, shape)[:, :, None]                               # (P, B, 1, N)
     else:
         index = _seen(window, rows.positions, shape, t.device)
         G = len(index)
@@ -366,7 +375,8 @@ def _whole_map(A, window, shape, rows):
     index = index[rows.position][:, :, None, None] if rows.picked else index[None, None, :, None]
     A = A.expand(torch.broadcast_shapes(A.shape, index.shape))
     zeros = A.new_zeros(*A.shape[:-1], torch.Size(shape).numel() + 1)        # last: padding
-    return zeros.scatter(-1, index.expand(A.shape), A)[..., :-1].flatten(2, 3).unsqueeze(2)
+    A = zeros.scatter(-1, index.expand(A.shape), A)[..., :-1].flatten(2, 3).unsqueeze(2)
+    return _channels_last(A, shape)
 
 
 def _matrix(op, kernel):
@@ -374,19 +384,17 @@ def _matrix(op, kernel):
 
     The transposed convolution of each unit patch; F covers the window below, see _below.
     """
-    P, O = op.weight.shape[:2]
+    O = op.weight.shape[1]
     n = O * kernel[0] * kernel[1]
-    patches = torch.eye(n, dtype=op.weight.dtype, device=op.weight.device).view(n, O, *kernel)
-    patches = patches.repeat(1, P, 1, 1)                                       # (n, P*O, kh, kw)
-    M = F.conv_transpose2d(patches, op.weight.flatten(0, 1), stride=op.stride,
-                           dilation=op.dilation, groups=P * op.groups)
-    return F.pad(_padded(M.view(n, P, -1).transpose(0, 1)), (0, 0, 0, -n % 16))
+    patches = torch.eye(n, dtype=op.weight.dtype, device=op.weight.device)
+    M = _conv_transpose(patches[None], op, kernel)                             # (P, n, F)
+    return F.pad(_padded(M), (0, 0, 0, -n % 16))
 
 
 def _bias(op, window):
     """The bias of each neuron that a row sees, (P, F)."""
     kernel = op.out_shape[1:] if window is None else window.kernel
-    bias = op.bias.repeat_interleave(torch.Size(kernel).numel(), 1)
+    bias = op.bias.repeat(1, torch.Size(kernel).numel())
     return bias if window is None else _padded(bias)
 
 
@@ -404,47 +412,63 @@ def _through_affine(A, d, window, op, rows):
     lead, flat = A.shape[1:-1], A.flatten(1, 3)                                # (P, rows, F)
     d = d + _dot(A, _bias(op, window and below and window)[:, None, None, None])
     if not op.is_conv:
-        M = op.weight
-    elif below is not None:
+        M = _channels_last(op.weight, op.in_shape)
+    elif below is not None and _is_dense(op, below.kernel):
         M = _matrix(op, window.kernel)
-    elif op.in_shape[1] * op.in_shape[2] <= 4 * op.weight[0, 0, 0].numel():
-        # on a map this small, one dense matrix beats the convolution
+    elif below is not None:
+        n = op.weight.shape[1] * torch.Size(window.kernel).numel()
+        return _padded(_conv_transpose(flat[..., :n], op, window.kernel)).unflatten(1, lead), d, below
+    elif _is_dense(op, op.in_shape[1:]):
         M = _conv_transpose(torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)[None], op)
     else:
-        return _conv_transpose(flat, op).view(-1, *lead, torch.Size(op.in_shape).numel()), d, None
-    return (flat @ M).view(-1, *lead, M.shape[-1]), d, below
+        return _conv_transpose(flat, op).unflatten(1, lead), d, None
+    return (flat @ M).unflatten(1, lead), d, below
 
 
-def _conv_transpose(A, op):
-    """Rows over the whole output map -> over the whole input map: (P, M, N_out) -> (P, M, N_in)."""
+def _is_dense(op, size):
+    """Is a product with one dense matrix faster than the transposed convolution, mostly zeros
+    though it is? Measured on a CPU: the fewer channels, the slower the convolution."""
+    C, kh, kw = op.weight.shape[2:]
+    return size[0] * size[1] * C <= min(64, 10 * C) * kh * kw
+
+
+def _conv_transpose(A, op, kernel=None):
+    """The transpose of a convolution: rows (P, M, N_out) over its output -> (P, M, N_in).
+
+    Over the whole maps; or over a patch of the output, of the size kernel, and all that it sees.
+    """
     P, M = len(op.weight), A.shape[1]
-    A = A.expand(P, -1, -1).transpose(0, 1).reshape(M, -1, *op.out_shape[1:])  # (M, P*O, Ho, Wo)
-    A = _ConvTranspose.apply(A, op.weight.flatten(0, 1), op, P * op.groups)
-    return A.reshape(M, P, -1).transpose(0, 1)
+    A = A.expand(P, -1, -1).unflatten(-1, (*(kernel or op.out_shape[1:]), -1))   # (P, M, Ho, Wo, O)
+    A = A.permute(1, 0, 4, 2, 3) if P == 1 else A.permute(1, 2, 3, 0, 4).flatten(3).movedim(3, 1)
+    padding = (0, 0) if kernel else op.padding
+    size = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(
+        kernel, op.stride, op.dilation, op.weight.shape[3:])] if kernel else op.in_shape[1:]
+    A = _ConvTranspose.apply(A.flatten(1, -3), op.weight.flatten(0, 1), size, op.stride, padding,
+                             op.dilation, P * op.groups)
+    A = A.unflatten(1, (P, -1)).permute(1, 0, 3, 4, 2)                           # (P, M, H, W, C)
+    return A.flatten(2)
 
 
 class _ConvTranspose(torch.autograd.Function):
     """conv_transpose2d, fast on a CPU for few output channels too. Backwards, it is conv2d."""
 
     @staticmethod
-    def forward(ctx, A, weight, op, groups):
+    def forward(ctx, A, weight, size, stride, padding, dilation, groups):
         ctx.save_for_backward(A, weight)
-        ctx.options = dict(stride=op.stride, padding=op.padding, dilation=op.dilation,
-                           groups=groups)
-        size, (s, t), (p, q) = op.in_shape[1:], op.stride, op.padding
-        kernel = weight.shape[2:]
-        if A.is_cpu and weight.shape[1] < 4 and op.groups == 1 and op.dilation == (1, 1) \
-                and (s, t) != (1, 1) and s == t and (p // s < -(-kernel[0] // s)) and p == q and kernel[0] == kernel[1]:
-            # Each of the s*s outputs between two inputs is a convolution: sub-pixel convolution.
-            k = -(-kernel[0] // s)
-            W = F.pad(weight, (0, k * s - kernel[1], 0, k * s - kernel[0]))
-            W = W.view(groups, -1, W.shape[1], k, s, k, s).permute(0, 2, 4, 6, 1, 3, 5)
-            W = W.flip(5, 6).flatten(0, 3)
-            Z = F.pixel_shuffle(F.conv2d(A, W, padding=k - 1 - p // s, groups=groups), s)
-            lack = [n + p % s - m for n, m in zip(size, Z.shape[2:])]
-            return F.pad(Z, (-(p % s), lack[1], -(p % s), lack[0])).contiguous()
+        ctx.options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+        k, (s, _), (p, _) = max(weight.shape[2:]), stride, padding
+        square = len(set(weight.shape[2:])) == len(set(stride)) == len(set(padding)) == 1
+        n = -(-k // s)                                                 # taps of each phase
+        if weight.shape[1] < 4 and s > 1 and square and dilation == (1, 1) and p < k:
+            # Sub-pixel: between two inputs lie s*s outputs, each a convolution of its own.
+            W = F.pad(weight, (0, n * s - k, 0, n * s - k))
+            W = W.unflatten(0, (groups, -1)).unflatten(4, (n, s)).unflatten(3, (n, s))
+            W = W.permute(0, 2, 4, 6, 1, 3, 5).flip(5, 6).flatten(0, 3)
+            Z = F.pixel_shuffle(F.conv2d(A, W, padding=n - 1 - p // s, groups=groups), s)
+            return F.pad(Z, (-(p % s), size[1] + p % s - Z.shape[3],
+                             -(p % s), size[0] + p % s - Z.shape[2]))
         rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, p, d, k, s in zip(
-            size, op.padding, op.dilation, kernel, op.stride)]
+            size, padding, dilation, weight.shape[2:], stride)]
         return F.conv_transpose2d(A, weight, output_padding=rest, **ctx.options)
 
     @staticmethod
@@ -452,7 +476,7 @@ class _ConvTranspose(torch.autograd.Function):
         A, weight = ctx.saved_tensors
         return (F.conv2d(g, weight, **ctx.options) if ctx.needs_input_grad[0] else None,
                 nn.grad.conv2d_weight(g, weight.shape, A, **ctx.options)
-                if ctx.needs_input_grad[1] else None, None, None)
+                if ctx.needs_input_grad[1] else None, *[None] * 5)
 
 
 class _Lines(torch.autograd.Function):
@@ -577,6 +601,14 @@ def _lower_bounds(A, d, window, shape, rows, stages, bottom, relus, box, free=No
     return _minimum(A, d, *(_take(t, window, shape, rows) for t in box))
 
 
+def _map_shapes(stages):
+    """The shapes of what each stage reads and, last, of what the network gives: maps as maps."""
+    shapes = [next(op.out_shape for stage in reversed(stages) for op in reversed(stage))]
+    for stage in reversed(stages):
+        shapes.append(stage[0].in_shape if stage else shapes[-1])
+    return shapes[::-1]
+
+
 def _widest(window, shape, ops):
     """The most coefficients that one row holds on its way down through ops."""
     most = 0
@@ -657,9 +689,8 @@ def _back_substituted(s, stages, relus, box, chunk):
     W, c, window, rows = _first_rows(op)
     P, B, O, G = len(W), box[0].shape[1], W.shape[2], rows.positions[0] * rows.positions[1]
     fused = None
-    if s > 0 and not below[-1] and stages[s - 1] and window is not None \
-            and _below(window, stages[s - 1][-1]) is not None:
-        last = stages[s - 1][-1]
+    last = stages[s - 1][-1] if s > 0 and not below[-1] and stages[s - 1] and window else None
+    if last and _below(window, last) and _is_dense(last, _below(window, last).kernel):
         fused = _first_relu(W[:, 0], c[:, 0], window, rows, relus[s - 1], last)
         window, shape, below = _below(window, last), last.in_shape, [*stages[:s - 1], stages[s - 1][:-1]]
     else:
@@ -828,17 +859,21 @@ def subdomain_bounds(stages, sub, steps=0, target=torch.inf, trace=None):
     trace: with steps=0, a list to be filled with the coefficients (B, ...) of each ReLU's outputs,
     bottom up, after those of the input.
     """
+    shapes = _map_shapes(stages)
+
     def by_relu(t, *lead):
         return [part.reshape(*lead, part.shape[-1]) for part in t.split(sub.sizes, -1)]
 
     def bound(choices):
-        parts = zip(*(by_relu(t, 1, -1, 1, 1) for t in choices))
-        return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, sub.rows.shape[1:], Rows((1, 1)),
-                             stages, 0, relus, sub.box, {s: Free(*p) for s, p in enumerate(parts)},
+        parts = ([_channels_last(part, shape)
+                  for part, shape in zip(by_relu(t, 1, -1, 1, 1), shapes[1:])] for t in choices)
+        return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, shapes[-1], Rows((1, 1)), stages,
+                             0, relus, sub.box, {s: Free(*p) for s, p in enumerate(zip(*parts))},
                              found)[0, :, 0, 0]
 
     relus = [relax_relu(l, u) for l, u in zip(by_relu(sub.l, 1, -1), by_relu(sub.u, 1, -1))]
-    A, found = sub.rows[None, :, None, None], None if trace is None else []
+    A = _channels_last(sub.rows, shapes[-1])[None, :, None, None]
+    found = None if trace is None else []
     upper, zero = torch.cat([sub.l[:, :0], *(relu.upper[0] for relu in relus)], -1), 0 * sub.signs
     limits = [(upper.floor(), upper.ceil()), (zero.masked_fill(sub.signs < 0, -torch.inf),
                                               zero.masked_fill(sub.signs > 0, torch.inf))]
@@ -848,7 +883,8 @@ def subdomain_bounds(stages, sub, steps=0, target=torch.inf, trace=None):
     else:
         low = bound(choices)
     if trace is not None:
-        trace += [A[0, :, 0, 0] for A in reversed(found)]
+        trace += [_channels_last(A[0, :, 0, 0], shape, back=True)
+                  for A, shape in zip(reversed(found), shapes)]
     return low, *choices
 
 
@@ -977,17 +1013,18 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         labels = y[b:b + samples]
         if bottom:           # rows that depend on the label alone: one product for all samples
             labels, of = labels.unique(return_inverse=True)
-        A = (eye[labels][:, None] - eye)[None, :, None]                # (1, B or U, 1, R=K, K)
+        A = _channels_last(eye[labels][:, None] - eye, top)[None, :, None]   # (1, B or U, 1, K, K)
         A = A.flatten(1, 3)[:, None, None] if bottom else A
 
         def low(free):
-            return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, (K,), Rows((1, 1)), stages,
+            return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, top, Rows((1, 1)), stages,
                                  bottom, some[:-1], some[-1], free)
 
         low = _with_best_slopes(low, steps if relax == "alpha-crown" else 0)[:, :, 0]
         return low.unflatten(-1, (-1, K))[:, torch.arange(len(of)), of] if bottom else low
 
-    widest = _widest(None, (K,), sum(stages[bottom:], []))
+    top = _map_shapes(stages)[-1]
+    widest = _widest(None, top, sum(stages[bottom:], []))
     chunk = chunk or CHUNK[x.device.type]
     samples = max(1, chunk // (_population(params) * K * widest))
     low = torch.cat(_in_chunks(bound, [(b,) for b in range(0, len(x), samples)]), 1)
