@@ -58,7 +58,7 @@ RELAXATIONS = ("box", "crown-ibp", "deeppoly", "alpha-crown")
 CHUNK = {"cpu": 2 ** 23, "cuda": 2 ** 27, "mps": 2 ** 27}
 # The ascent of alpha-CROWN: its length, and Adam's first step for slopes and for multipliers.
 STEPS, RATES = 20, (0.3, 0.2)
-KEPT = 32
+KEPT = 8
 
 
 # ---------------------------------------------------------------------------------- the network

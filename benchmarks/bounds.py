@@ -5,7 +5,7 @@
 
 Each row: one network, one batch, one relaxation; forward (no gradient), and forward + backward of the
 loss that training uses. The two implementations take turns on the same tensors, and auto_LiRPA runs
-in the faster of its two modes for convolutions (patches, matrix), found by a run on 4 images. Its
+in the faster of its two modes for convolutions (patches, matrix), found by a run on 2 images. Its
 settings: adaptive slopes as here; sparse_intermediate_bounds=False for the textbook rows (then both
 compute the same numbers: see the last column), its default for skip_stable. Memory is measured in a
 process of its own. The networks: as initialised, and trained by train.py on real images, for a few
@@ -56,7 +56,7 @@ def run_folder(case, state, data_dir):
     return folder
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def problem(case, state, data_dir, device):
     """(net, images, labels, eps)."""
     dataset, name, batch, eps, _, _ = CASES[case]
@@ -121,17 +121,17 @@ def prepare_peak(case, state, data_dir, device, row, mode, run):
     return run(*sides(few(task, 1), "box", None)), run(*sides(task, row, mode))
 
 
-def best_mode(task, row, run, device):
+@lru_cache(maxsize=None)
+def best_mode(case, row, data_dir, device):
     """The faster of auto_LiRPA's two ways to keep a convolution's coefficients; None: neither.
 
-    Tried on 4 images: on the whole batch, the slower one may not fit into the memory.
+    Tried on 2 images: on the whole batch, the slower one may not fit into the memory.
     """
-    found, task = {}, few(task, 4)
+    found, task = {}, few(problem(case, "init", data_dir, device), 2)
     for mode in ("patches", "matrix"):
         try:
-            call = run(*sides(task, row, mode))
-            call()
-            found[mode] = min(common.seconds(call, device) for _ in range(3))
+            call = with_gradient(*sides(task, row, mode))
+            found[mode] = min(common.seconds(call, device) for _ in range(2))
         except Exception as e:                      # out of memory, or a layer it cannot do
             print(f"  auto_LiRPA {mode}: {type(e).__name__}: {str(e)[:80]}", file=sys.stderr)
     return min(found, key=found.get) if found else None
@@ -141,27 +141,24 @@ def measure(case, state, row, args):
     task = problem(case, state, args.data_dir, args.device)
     result = dict(case=case, state=state, row=row, batch=len(task[1]))
     grads = [("forward", forward)] + [("forward+backward", with_gradient)] * (case != "cnn7")
-    modes = {}
+    mode = best_mode(case, row, args.data_dir, args.device) if args.peer else None
     for name, run in grads:
         calls = {"ours": run(*sides(task, row, None))}
-        if args.peer:
-            modes[name] = best_mode(task, row, run, args.device)
-            if modes[name]:
-                calls["auto_LiRPA"] = run(*sides(task, row, modes[name]))
-                if name == "forward":
-                    a, b = calls["ours"](), calls["auto_LiRPA"]()
-                    result["scale"] = a.abs().max().item()
-                    result["difference"] = (a - b).abs().max().item()
+        if mode:
+            calls["auto_LiRPA"] = run(*sides(task, row, mode))
+            if name == "forward":
+                a, b = calls["ours"](), calls["auto_LiRPA"]()
+                result |= dict(mode=mode, scale=a.abs().max().item(),
+                               difference=(a - b).abs().max().item())
         times = common.in_turns(calls, args.pairs, args.device)
         result[name] = {k: median(t) for k, t in times.items()} | dict(times=times)
-        if len(calls) > 1:
-            result[name] |= dict(ratio=common.ratio(times, "ours", "auto_LiRPA"), mode=modes[name])
+        if mode:
+            result[name]["ratio"] = common.ratio(times, "ours", "auto_LiRPA")
         if args.memory:
             where = case, state, args.data_dir, args.device, row
             result[name]["MiB"] = {
-                who: common.peak_memory(prepare_peak, (*where, mode, run), args.device)
-                for who, mode in (("ours", None), ("auto_LiRPA", modes.get(name)))
-                if who in calls}
+                who: common.peak_memory(prepare_peak, (*where, how, run), args.device)
+                for who, how in (("ours", None), ("auto_LiRPA", mode)) if who in calls}
     return result
 
 
