@@ -53,12 +53,11 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 
 RELAXATIONS = ("box", "crown-ibp", "deeppoly", "alpha-crown")
-# How many coefficients one pass holds, and so the memory. On a CPU, 16 MB of float32: a chunk that
-# stays in the cache is faster than one pass over everything, although the backward pass redoes it.
-CHUNK = {"cpu": 2 ** 23, "cuda": 2 ** 27, "mps": 2 ** 27}
+# How many coefficients one pass holds, and so the memory; and how many passes of a layer keep what
+# their backward passes need. Those after them compute it again, which costs a third more time.
+CHUNK, KEPT = {"cpu": 2 ** 23, "cuda": 2 ** 27, "mps": 2 ** 27}, 8
 # The ascent of alpha-CROWN: its length, and Adam's first step for slopes and for multipliers.
 STEPS, RATES = 20, (0.3, 0.2)
-KEPT = 8
 
 
 # ---------------------------------------------------------------------------------- the network
@@ -272,7 +271,7 @@ def relax_relu(l, u, slope=adaptive):
     # the margins, and no sample is certified.
     upper = above / width + 0 * width
     stable = upper.detach()
-    lower = torch.lerp(stable.floor(), stable.ceil(), slope(l, u))   # where stable, as the upper one
+    lower = torch.lerp(stable.floor(), stable.ceil(), slope(l, u))       # where stable, as upper
     # Through (u, u), not (l, 0): still above relu where tiny counts and the slope is too small.
     return Relu(lower, upper, above - upper * above)
 
@@ -291,6 +290,8 @@ def relax_relu(l, u, slope=adaptive):
 # What falls outside the map is zero padding: slopes and inputs read there are 0, so the
 # coefficients there vanish by themselves. When the window outgrows the map, and above linear
 # layers, a row holds one coefficient per neuron: the window is None, all rows are at one position.
+# The coefficients of a window or a map come in the order (height, width, channel): transposed
+# convolutions are fastest in it. Bounds keep PyTorch's order; _take and _channels_last translate.
 
 class Window(NamedTuple):
     kernel: tuple
@@ -379,15 +380,11 @@ def _whole_map(A, window, shape, rows):
     return _channels_last(A, shape)
 
 
-def _matrix(op, kernel):
-    """A convolution on a window: (P, F above, F below), one row per entry of a patch.
-
-    The transposed convolution of each unit patch; F covers the window below, see _below.
-    """
-    O = op.weight.shape[1]
-    n = O * kernel[0] * kernel[1]
-    patches = torch.eye(n, dtype=op.weight.dtype, device=op.weight.device)
-    M = _conv_transpose(patches[None], op, kernel)                             # (P, n, F)
+def _matrix(op, window):
+    """A convolution on a window as a matrix (P, F above, F below)."""
+    n = op.weight.shape[1] * window.kernel[0] * window.kernel[1]
+    M = _conv_transpose(torch.eye(n, dtype=op.weight.dtype, device=op.weight.device)[None], op,
+                        window)
     return F.pad(_padded(M), (0, 0, 0, -n % 16))
 
 
@@ -410,65 +407,56 @@ def _through_affine(A, d, window, op, rows):
         A = _whole_map(A, window, op.out_shape, rows)                          # (P, B, 1, G*R, N)
         d = d.expand(-1, -1, A.shape[3] // d.shape[3], -1).flatten(2).unsqueeze(2)
     lead, flat = A.shape[1:-1], A.flatten(1, 3)                                # (P, rows, F)
-    d = d + _dot(A, _bias(op, window and below and window)[:, None, None, None])
+    window = window if below else None
+    d = d + _dot(A, _bias(op, window)[:, None, None, None])
     if not op.is_conv:
         M = _channels_last(op.weight, op.in_shape)
-    elif below is not None and _is_dense(op, below.kernel):
-        M = _matrix(op, window.kernel)
-    elif below is not None:
-        n = op.weight.shape[1] * torch.Size(window.kernel).numel()
-        return _padded(_conv_transpose(flat[..., :n], op, window.kernel)).unflatten(1, lead), d, below
-    elif _is_dense(op, op.in_shape[1:]):
-        M = _conv_transpose(torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)[None], op)
+    elif not _is_dense(op, below.kernel if below else op.in_shape[1:]):
+        A = _conv_transpose(flat, op, window)
+        return (_padded(A) if below else A).unflatten(1, lead), d, below
+    elif below:
+        M = _matrix(op, window)
     else:
-        return _conv_transpose(flat, op).unflatten(1, lead), d, None
+        M = _conv_transpose(torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)[None], op, None)
     return (flat @ M).unflatten(1, lead), d, below
 
 
 def _is_dense(op, size):
-    """Is a product with one dense matrix faster than the transposed convolution, mostly zeros
-    though it is? Measured on a CPU: the fewer channels, the slower the convolution."""
+    """Is a product with one dense matrix, mostly zeros, faster than the transposed convolution?
+    Measured on a CPU: the fewer the channels below, the slower is the convolution."""
     C, kh, kw = op.weight.shape[2:]
     return size[0] * size[1] * C <= min(64, 10 * C) * kh * kw
 
 
-def _conv_transpose(A, op, kernel=None):
-    """The transpose of a convolution: rows (P, M, N_out) over its output -> (P, M, N_in).
-
-    Over the whole maps; or over a patch of the output, of the size kernel, and all that it sees.
-    """
-    P, M = len(op.weight), A.shape[1]
-    A = A.expand(P, -1, -1).unflatten(-1, (*(kernel or op.out_shape[1:]), -1))   # (P, M, Ho, Wo, O)
-    A = A.permute(1, 0, 4, 2, 3) if P == 1 else A.permute(1, 2, 3, 0, 4).flatten(3).movedim(3, 1)
-    padding = (0, 0) if kernel else op.padding
-    size = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(
-        kernel, op.stride, op.dilation, op.weight.shape[3:])] if kernel else op.in_shape[1:]
-    A = _ConvTranspose.apply(A.flatten(1, -3), op.weight.flatten(0, 1), size, op.stride, padding,
-                             op.dilation, P * op.groups)
-    A = A.unflatten(1, (P, -1)).permute(1, 0, 3, 4, 2)                           # (P, M, H, W, C)
-    return A.flatten(2)
+def _conv_transpose(A, op, window):
+    """The transpose of a convolution: rows (P, M, F) over a window of its output, or over all of
+    it (None) -> (P, M, F') over the window below, or over all of its input."""
+    P, kernel = len(op.weight), window.kernel if window else op.out_shape[1:]
+    size, padding = op.in_shape[1:], op.padding
+    if window:
+        size, padding = _below(window, op).kernel, (0, 0)
+        A = A[..., :op.weight.shape[1] * kernel[0] * kernel[1]]
+    A = A.expand(P, -1, -1).unflatten(2, (*kernel, -1))                        # (P, M, Ho, Wo, O)
+    A = A.permute(1, 0, 4, 2, 3) if P == 1 else A.permute(1, 2, 3, 0, 4).movedim((3, 4), (1, 2))
+    A = _ConvTranspose.apply(A.flatten(1, 2), op.weight.flatten(0, 1), size, op.stride, padding,
+                             op.dilation, P * op.groups)                       # (M, P*C, H, W)
+    return A.unflatten(1, (P, -1)).permute(1, 0, 3, 4, 2).flatten(2)
 
 
 class _ConvTranspose(torch.autograd.Function):
-    """conv_transpose2d, fast on a CPU for few output channels too. Backwards, it is conv2d."""
+    """conv_transpose2d to a map of the given size; on a CPU faster, where channels are few."""
 
     @staticmethod
     def forward(ctx, A, weight, size, stride, padding, dilation, groups):
         ctx.save_for_backward(A, weight)
         ctx.options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
-        k, (s, _), (p, _) = max(weight.shape[2:]), stride, padding
-        square = len(set(weight.shape[2:])) == len(set(stride)) == len(set(padding)) == 1
-        n = -(-k // s)                                                 # taps of each phase
-        if weight.shape[1] < 4 and s > 1 and square and dilation == (1, 1) and p < k:
-            # Sub-pixel: between two inputs lie s*s outputs, each a convolution of its own.
-            W = F.pad(weight, (0, n * s - k, 0, n * s - k))
-            W = W.unflatten(0, (groups, -1)).unflatten(4, (n, s)).unflatten(3, (n, s))
-            W = W.permute(0, 2, 4, 6, 1, 3, 5).flip(5, 6).flatten(0, 3)
-            Z = F.pixel_shuffle(F.conv2d(A, W, padding=n - 1 - p // s, groups=groups), s)
-            return F.pad(Z, (-(p % s), size[1] + p % s - Z.shape[3],
-                             -(p % s), size[0] + p % s - Z.shape[2]))
-        rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, p, d, k, s in zip(
-            size, padding, dilation, weight.shape[2:], stride)]
+        kernel = tuple(weight.shape[2:])
+        square = kernel[0] == kernel[1] and stride[0] == stride[1] and padding[0] == padding[1]
+        if weight.shape[1] < 4 and stride[0] > 1 and square and dilation == (1, 1) \
+                and padding[0] < kernel[0]:
+            return _sub_pixel(A, weight, size, kernel[0], stride[0], padding[0], groups)
+        rest = [(n + 2 * p - d * (k - 1) - 1) % s
+                for n, p, d, k, s in zip(size, padding, dilation, kernel, stride)]
         return F.conv_transpose2d(A, weight, output_padding=rest, **ctx.options)
 
     @staticmethod
@@ -477,6 +465,18 @@ class _ConvTranspose(torch.autograd.Function):
         return (F.conv2d(g, weight, **ctx.options) if ctx.needs_input_grad[0] else None,
                 nn.grad.conv2d_weight(g, weight.shape, A, **ctx.options)
                 if ctx.needs_input_grad[1] else None, *[None] * 5)
+
+
+def _sub_pixel(A, weight, size, k, s, p, groups):
+    """conv_transpose2d of kernel k, stride s, padding p. Between two inputs lie s*s outputs: each
+    is a convolution of its own, with every s-th weight (Shi et al. 2016, "sub-pixel")."""
+    taps = -(-k // s)
+    W = F.pad(weight, (0, taps * s - k, 0, taps * s - k)).unflatten(0, (groups, -1))
+    W = W.unflatten(4, (taps, s)).unflatten(3, (taps, s))             # (groups, O, C, t, s, t, s)
+    W = W.permute(0, 2, 4, 6, 1, 3, 5).flip(5, 6).flatten(0, 3)       # (groups*C*s*s, O, t, t)
+    A = F.pixel_shuffle(F.conv2d(A, W, padding=taps - 1 - p // s, groups=groups), s)
+    bottom, right = (n + p % s - m for n, m in zip(size, A.shape[2:]))
+    return F.pad(A, (-(p % s), right, -(p % s), bottom))
 
 
 class _Lines(torch.autograd.Function):
@@ -532,13 +532,15 @@ def _minimum(A, d, lower, upper):
 
 
 class _Sides(torch.autograd.Function):
+    """X - Y and -X - Y, one after the other along R: the rows, and minus the rows."""
+
     @staticmethod
     def forward(ctx, X, Y):
-        O = X.shape[3]
-        out = X.new_empty(*X.shape[:3], 2 * O, *X.shape[4:])
-        torch.sub(X, Y, out=out[:, :, :, :O])
-        torch.add(X, Y, out=out[:, :, :, O:]).neg_()
-        return out
+        R = X.shape[3]
+        both = X.new_empty(*X.shape[:3], 2 * R, *X.shape[4:])
+        torch.sub(X, Y, out=both[:, :, :, :R])
+        torch.add(X, Y, out=both[:, :, :, R:]).neg_()
+        return both
 
     @staticmethod
     def backward(ctx, g):
@@ -648,7 +650,7 @@ def _first_relu(W, c, window, rows, relu, op):
     Returns a function of slices of samples and of rows: coefficients (P, B, G, 2O, F') and
     constants (P, B, G, 2O) of the lower bounds of the rows, and of minus the rows.
     """
-    M, b = _matrix(op, window.kernel), _bias(op, window)[:, None, None]
+    M, b = _matrix(op, window), _bias(op, window)[:, None, None]
     lower, upper, intercept = relu
     mean, half, t = (_take(map, window, op.out_shape, rows)[..., 0, :]
                      for map in ((lower + upper) / 2, (upper - lower) / 2, intercept / 2))
@@ -688,23 +690,22 @@ def _back_substituted(s, stages, relus, box, chunk):
     op, below = stages[s][-1], [*stages[:s], stages[s][:-1]]
     W, c, window, rows = _first_rows(op)
     P, B, O, G = len(W), box[0].shape[1], W.shape[2], rows.positions[0] * rows.positions[1]
-    fused = None
-    last = stages[s - 1][-1] if s > 0 and not below[-1] and stages[s - 1] and window else None
-    if last and _below(window, last) and _is_dense(last, _below(window, last).kernel):
-        fused = _first_relu(W[:, 0], c[:, 0], window, rows, relus[s - 1], last)
-        window, shape, below = _below(window, last), last.in_shape, [*stages[:s - 1], stages[s - 1][:-1]]
+    shape, last = op.in_shape, stages[s - 1][-1] if s and stages[s - 1] and not below[-1] else None
+    smaller = _below(window, last) if last else None
+    if smaller and _is_dense(last, smaller.kernel):
+        start = _first_relu(W[:, 0], c[:, 0], window, rows, relus[s - 1], last)
+        window, shape, below = smaller, last.in_shape, [*stages[:s - 1], stages[s - 1][:-1]]
     else:
-        shape = op.in_shape
+        def start(_, o):
+            A, d = W[:, :, o], c[:, :, o]
+            return (torch.cat([A, -A], 2).view(P, 1, 1, -1, A.shape[-1]),
+                    torch.cat([d, -d], 2).view(P, 1, 1, -1))
     pairs = max(1, chunk // (2 * P * G * _widest(window, shape, sum(below, []))))
     samples, channels = min(B, pairs), max(1, pairs // B)
 
     def bound(b, o):
-        i, j = slice(b, b + samples), slice(o, o + channels)
-        if fused:
-            A, d = fused(i, j)
-        else:
-            A, d = torch.stack((W[:, :, j], -W[:, :, j]), 2), torch.stack((c[:, :, j], -c[:, :, j]), 2)
-            A, d = A.view(P, 1, 1, -1, A.shape[-1]), d.view(P, 1, 1, -1)
+        i = slice(b, b + samples)
+        A, d = start(i, slice(o, o + channels))
         some = [[t[:, i] for t in maps] for maps in (*relus[:len(below) - 1], box)]
         low = _lower_bounds(A, d, window, shape, rows, below, 0, some[:-1], some[-1])
         return low.view(P, low.shape[1], G, 2, -1).transpose(2, 4)             # (P, b, o, 2, G)
@@ -903,7 +904,8 @@ def prepare(net, x, eps, relax, params):
                          f"{sorted(map(str, dtypes))}")
     if torch.is_autocast_enabled(x.device.type):
         raise ValueError("bounds need full precision; leave torch.autocast before computing them")
-    if not len(x) or not ((x >= 0) & (x <= 1)).all():
+    low, high = x.aminmax() if len(x) else (-1, -1)
+    if not (low >= 0 and high <= 1):
         raise ValueError("x is empty, or has values outside [0, 1] or NaN: pass pixels; "
                          "normalisation is a layer of the network")
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)

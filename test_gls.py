@@ -398,6 +398,67 @@ def test_the_ball_is_clipped_to_pixels():
                                margin_lower_bounds(net, x, y, 1.0))
 
 
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("dense", [True, False])
+def test_convolutions_as_matrices_or_not_give_the_same(name, dense, monkeypatch):
+    net, x, y = make(name)
+    params = {k: torch.stack([v, 1.1 * v]) for k, v in net.named_parameters()}
+    for options in (dict(), dict(skip_stable=True), dict(params=params), dict(relax="crown-ibp")):
+        with monkeypatch.context() as patch:
+            low = margin_lower_bounds(net, x, y, 0.1, **options)
+            patch.setattr(relaxations, "_is_dense", lambda op, size: dense)
+            torch.testing.assert_close(low, margin_lower_bounds(net, x, y, 0.1, **options))
+
+
+def test_transposed_convolution_and_its_gradient():
+    """Against PyTorch's own, in the sub-pixel form too: few channels and a stride."""
+    for O, C, k, s, p, d, groups, size in [
+            (2, 1, 5, 2, 2, 1, 1, (10, 12)), (3, 2, 4, 2, 1, 1, 1, (9, 8)),
+            (2, 1, 3, 3, 0, 1, 1, (11, 9)), (2, 3, 2, 3, 1, 1, 1, (7, 8)),
+            (4, 1, 5, 2, 3, 1, 2, (8, 9)), (2, 3, 5, 4, 4, 1, 1, (13, 12)),
+            (2, 5, 3, 2, 1, 1, 1, (8, 8)), (2, 1, 3, 2, 1, 2, 1, (9, 9)),
+            (6, 2, 3, 1, 1, 1, 3, (6, 7))]:
+        size_out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n in size]
+        A = torch.randn(2, O * groups, *size_out, dtype=torch.float64, requires_grad=True)
+        W = torch.randn(O * groups, C, k, k, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(2, C * groups, *size, dtype=torch.float64)
+        options = size, (s, s), (p, p), (d, d), groups
+        ours = relaxations._ConvTranspose.apply(A, W, *options)
+        adjoint = (nn.functional.conv2d(x, W, None, s, p, d, groups) * A).sum()     # <Wx, A>
+        torch.testing.assert_close((ours * x).sum(), adjoint)                       # = <x, W'A>
+        ours, grads = (torch.autograd.grad(t, (A, W)) for t in ((ours * x).sum(), adjoint))
+        torch.testing.assert_close(ours, grads)
+
+
+def test_the_functions_with_a_backward_pass_of_their_own():
+    """Finite differences, for every way the shapes broadcast."""
+    def random(*shape):
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    for A in (random(2, 3, 2, 4, 5), random(2, 1, 2, 4, 5), random(1, 3, 2, 4, 5)):
+        for v in (random(2, 3, 2, 1, 5), random(1, 3, 1, 1, 5), random(2, 1, 1, 1, 5)):
+            assert torch.autograd.gradcheck(relaxations._Dot.apply, (A, v))
+        for R in (1, 4):                                     # one slope for all rows, or for each
+            lines = random(2, 3, 2, R, 5), random(2, 3, 2, 1, 5), random(2, 3, 2, 1, 5)
+            assert torch.autograd.gradcheck(relaxations._Lines.apply, (A, *lines))
+            assert torch.autograd.gradcheck(lambda *t: relaxations._Lines.apply(*t, None)[0],
+                                            (A, *lines[:2]))
+    assert torch.autograd.gradcheck(relaxations._Sides.apply,
+                                    (random(2, 1, 2, 3, 4), random(2, 1, 2, 3, 4)))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_skip_stable_is_never_looser_where_that_is_a_theorem(name):
+    """With slope 0 a tighter pre-activation bound gives lines inside the old ones, so every bound
+    above is at least as tight. (The adaptive slope may flip from 1 to 0; then it need not be.)"""
+    net, x, y = make(name)
+    for eps in (0.02, 0.1, 0.3):
+        for scale in (1.0, 2.0):
+            params = {k: scale * v[None] for k, v in net.named_parameters()}
+            text, skip = (margin_lower_bounds(net, x, y, eps, params=params, skip_stable=skip,
+                                              slope=relaxations.zero) for skip in (False, True))
+            assert (skip >= text - 1e-9 * text.abs().amax()).all()
+
+
 def test_skip_stable_only_replaces_bounds_of_unstable_neurons():
     for name in NETS:
         net, x, y = make(name, seed=5)

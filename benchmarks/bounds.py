@@ -3,16 +3,20 @@
     git clone https://github.com/Verified-Intelligence/auto_LiRPA       (0.7.1)
     PYTHONPATH=auto_LiRPA python benchmarks/bounds.py --data-dir data
 
-Each row: one network, one batch, one relaxation; forward (no gradient), and forward + backward of the
-loss that training uses. The two implementations take turns on the same tensors, and auto_LiRPA runs
-in the faster of its two modes for convolutions (patches, matrix), found by a run on 2 images. Its
-settings: adaptive slopes as here; sparse_intermediate_bounds=False for the textbook rows (then both
-compute the same numbers: see the last column), its default for skip_stable. Memory is measured in a
-process of its own. The networks: as initialised, and trained by train.py on real images, for a few
-epochs, with box and with DeepPoly. (For a CNN7 trained by DeepPoly there is no time.)
+Each row: one network, one batch, one relaxation; forward (no gradient), and forward + backward of
+the loss that training uses. The two implementations take turns on the same tensors, and auto_LiRPA
+runs in the faster of its two modes for convolutions (patches, matrix), found by a run on 2 images.
+Its settings: adaptive slopes as here; sparse_intermediate_bounds=False for the textbook rows (then
+both compute the same numbers: see the last column), its default for skip_stable. Memory is measured
+in a process of its own. The networks: as initialised, and trained by train.py on real images, for a
+few epochs, with box and with DeepPoly. (For a CNN7 trained by DeepPoly there is no time.)
+
+On a CPU much depends on the allocator: train.py tells it to keep freed memory (keep_memory), which
+helps auto_LiRPA even more. By default both get this help here; --fresh-memory denies it to both.
 """
 import argparse
 import contextlib
+import importlib.util
 import io
 import os
 import sys
@@ -32,8 +36,8 @@ warnings.simplefilter("ignore")
 CASES = {  # name: (data set, network, batch, training radius, images and epochs of training)
     "cnn3": ("mnist", "cnn3", 64, 0.1, 2000, 3),
     "cnn3-256": ("mnist", "cnn3", 256, 0.1, 2000, 3),
-    "cnn5": ("cifar10", "cnn5", 16, 2 / 255, 256, 3),
-    "cnn7": ("cifar10", "cnn7", 1, 2 / 255, 256, 3),
+    "cnn5": ("cifar10", "cnn5", 16, 2 / 255, 128, 2),
+    "cnn7": ("cifar10", "cnn7", 1, 2 / 255, 128, 2),
 }
 ROWS = {  # name: (our options, auto_LiRPA's method and options)
     "box": (dict(relax="box"), "IBP", {}),
@@ -172,8 +176,8 @@ def line(r):
         ours, theirs = memory.get("ours"), memory.get("auto_LiRPA")
         return text + f"{ours or 0:8.0f}{theirs or 0:8.0f}"
     difference = f"{r['difference']:10.1e}" if "difference" in r else ""
-    return f"{r['case']:9}{r['state']:9}{r['row']:12}" + one("forward") + one("forward+backward") + \
-        difference
+    return f"{r['case']:9}{r['state']:9}{r['row']:12}" + one("forward") \
+        + one("forward+backward") + difference
 
 
 def main():
@@ -188,12 +192,11 @@ def main():
     p.add_argument("--no-peer", dest="peer", action="store_false", help="without auto_LiRPA")
     p.add_argument("--no-memory", dest="memory", action="store_false")
     p.add_argument("--out", help="a JSON file")
+    p.add_argument("--fresh-memory", action="store_true", help="leave the allocator as it is")
     args = p.parse_args()
-    train.keep_memory()
-    try:
-        import auto_LiRPA                                                       # noqa: F401
-    except ImportError:
-        args.peer = False
+    if not args.fresh_memory:
+        train.keep_memory()
+    args.peer = args.peer and importlib.util.find_spec("auto_LiRPA") is not None
     print(f"{'':30}{'forward: ms ours, theirs, ratio, MiB':42}{'forward + backward':42}difference")
     results = []
     for case in args.cases:
