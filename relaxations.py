@@ -306,14 +306,14 @@ def _below(window, op):
     k, s, p = (tuple(op.weight.shape[3:]), op.stride, op.padding)
     kernel = tuple((K - 1) * s + d * (k - 1) + 1
                    for K, s, d, k in zip(window.kernel, s, op.dilation, k))
-    if kernel[0] * kernel[1] >= op.in_shape[1] * op.in_shape[2]:
+    if kernel[0] * kernel[1] >= 2 * op.in_shape[1] * op.in_shape[2]:
         return None
     return Window(kernel, tuple(S * t for S, t in zip(window.stride, s)),
                   tuple(Q * t + q for Q, t, q in zip(window.padding, s, p)))
 
 
 def _padded(t, value=0):
-    """Fill up the last dimension to a multiple of 16, which matrix products are fast with."""
+    """Fill up the last dimension to a multiple of 16: matrix products are fast with it."""
     return F.pad(t, (0, -t.shape[-1] % 16), value=value)
 
 
@@ -479,39 +479,64 @@ def _sub_pixel(A, weight, size, k, s, p, groups):
     return F.pad(A, (-(p % s), right, -(p % s), bottom))
 
 
-class _Lines(torch.autograd.Function):
-    """A+ lower + A- upper (P, B, G, R, F) and A- . intercept (P, B, G, R), where A = A+ + A-.
+def _negative(A):
+    """A- = min(A, 0): as clamp(max=0), whose backward pass is ten times as slow on a CPU."""
+    return F.hardtanh(A, -torch.inf, 0.0)
 
-    The inner loop of everything, so its backward pass is written out: fewer passes over A than
-    autograd's, and A is all it keeps. (hardtanh(A, -inf, 0) is A-; clamp is slow backwards.)
-    """
+
+def _through_negative(grad, A):
+    """The gradient of A-, times grad."""
+    return torch.ops.aten.hardtanh_backward(grad, A.expand_as(grad), -torch.inf, 0.0)
+
+
+# The inner loops of everything. Their backward passes are written out: they go over the rows less
+# often than autograd's, and of all that is as large as A they keep only A.
+
+class _Lines(torch.autograd.Function):
+    """A+ lower + A- upper (P, B, G, R, F) and A- . intercept (P, B, G, R), where A = A+ + A-."""
 
     @staticmethod
     def forward(ctx, A, lower, upper, intercept):
         ctx.save_for_backward(A, lower, upper, intercept)
-        negative = F.hardtanh(A, -torch.inf, 0.0)
-        return (torch.addcmul(A * lower, negative, upper - lower),
-                None if intercept is None else _dot(negative, intercept))
+        negative = _negative(A)
+        return torch.addcmul(A * lower, negative, upper - lower), _dot(negative, intercept)
 
     @staticmethod
     def backward(ctx, g, h):
         A, lower, upper, intercept = ctx.saved_tensors
         need = ctx.needs_input_grad
-        grad, grads = None, [None, None, None]
+        grads = [None] * 4
         if need[0]:
-            grad = g * (upper - lower)
-            if intercept is not None:
-                grad.addcmul_(h[..., None], intercept)
-            grad = torch.ops.aten.hardtanh_backward(grad, A.expand_as(grad), -torch.inf, 0.0)
-            grad = grad.addcmul_(g, lower).sum_to_size(A.shape)
+            grad = (g * (upper - lower)).addcmul_(h[..., None], intercept)
+            grads[0] = _through_negative(grad, A).addcmul_(g, lower).sum_to_size(A.shape)
         if need[1]:
-            grads[0] = (g * F.relu(A)).sum_to_size(lower.shape)
-        if need[2]:
-            negative = F.hardtanh(A, -torch.inf, 0.0)
-            grads[1] = (g * negative).sum_to_size(upper.shape)
-            if intercept is not None:
-                grads[2] = (h[..., None, :] @ negative).sum_to_size(intercept.shape)
-        return grad, *grads
+            grads[1] = (g * F.relu(A)).sum_to_size(lower.shape)
+        if need[2] or need[3]:
+            negative = _negative(A)
+            grads[2] = (g * negative).sum_to_size(upper.shape)
+            grads[3] = (h[..., None, :] @ negative).sum_to_size(intercept.shape)
+        return tuple(grads)
+
+
+class _Minimum(torch.autograd.Function):
+    """A+ . lower + A- . upper, (P, B, G, R)."""
+
+    @staticmethod
+    def forward(ctx, A, lower, upper):
+        ctx.save_for_backward(A, lower, upper)
+        return (A @ lower.mT + _negative(A) @ (upper - lower).mT).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, g):
+        A, lower, upper = ctx.saved_tensors
+        grads, column, row = [None] * 3, g[..., None], g[..., None, :]
+        if ctx.needs_input_grad[0]:
+            grad = _through_negative(column * (upper - lower), A)
+            grads[0] = grad.addcmul_(column, lower).sum_to_size(A.shape)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grads[1] = (row @ F.relu(A)).sum_to_size(lower.shape)
+            grads[2] = (row @ _negative(A)).sum_to_size(upper.shape)
+        return tuple(grads)
 
 
 def _through_relu(A, d, lower, upper, intercept, multiplier=None):
@@ -527,8 +552,8 @@ def _through_relu(A, d, lower, upper, intercept, multiplier=None):
 def _minimum(A, d, lower, upper):
     """min of A x + d over the box lower <= x <= upper: A+ lower + A- upper + d, exact."""
     if A.shape[1:3] == (1, 1):
-        return d + _dot(A, lower) + _dot(F.hardtanh(A, -torch.inf, 0.0), upper - lower)
-    return d + _Lines.apply(A, lower, upper, None)[0].sum(-1)
+        return d + _dot(A, lower) + _dot(_negative(A), upper - lower)
+    return d + _Minimum.apply(A, lower, upper)
 
 
 class _Sides(torch.autograd.Function):
