@@ -62,7 +62,7 @@ def prepare_peak(dataset, net, relax, batch, P, data_dir, device):
 
 def population(args, results):
     print(f"{'':28}{'loop s':>9}{'16 at once':>12}{'64 at once':>12}{'ratios':>14}")
-    for relax in ("deeppoly",):
+    for relax in ("box", "crown-ibp", "deeppoly"):
         loss, theta = problem("digits", "cnn3", relax, 64, args.data_dir, args.device)
         thetas = perturbed(theta, 64)
         calls = {m: partial(losses, loss, thetas, m) for m in (1, 16, 64)}
@@ -92,8 +92,8 @@ def steps(args, results):
 
 def growth(args, results):
     print(f"\n{'':28}{'forward + backward s':>22}{'per unit':>10}{'MiB':>8}")
-    for dataset, net, sizes in (("mnist", "cnn3", [(b, 1) for b in (16, 32, 64, 128, 256)]),
-                                ("digits", "cnn3", [(64, p) for p in (1, 2, 4, 8, 16, 32, 64)]),
+    for dataset, net, sizes in (("mnist", "cnn3", [(b, 1) for b in (32, 64, 128, 256)]),
+                                ("digits", "cnn3", [(64, p) for p in (1, 4, 16, 64)]),
                                 ("cifar10", "cnn5", [(4, 1), (8, 1), (16, 1)])):
         for batch, P in sizes:
             loss, theta = problem(dataset, net, "deeppoly", batch, args.data_dir, args.device)
