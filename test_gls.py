@@ -430,6 +430,36 @@ def test_transposed_convolution_and_its_gradient():
         torch.testing.assert_close(ours, grads)
 
 
+def test_windows_on_the_map():
+    """_take cuts windows out of a map, _whole_map puts them back: loops over the positions."""
+    shape, window, rows = (2, 4, 5), relaxations.Window((3, 2), (2, 1), (1, 1)), (2, 6)
+    t = torch.arange(1., 41).view(1, 1, 40)
+    padded = nn.functional.pad(t.view(2, 4, 5), (1, 1, 1, 1))
+    seen = relaxations._take(t, window, shape, relaxations.Rows(rows))             # (1, 1, G, 1, F)
+    for g, (i, j) in enumerate((i, j) for i in range(rows[0]) for j in range(rows[1])):
+        patch = padded[:, 2 * i:2 * i + 3, j:j + 2].permute(1, 2, 0).flatten()     # (h, w, C)
+        assert seen[0, 0, g, 0].tolist() == patch.tolist() + [0] * 4               # filled to 16
+    back = relaxations._whole_map(seen, window, shape, relaxations.Rows(rows))     # (1, 1, 1, G, N)
+    whole = t.view(2, 4, 5).permute(1, 2, 0).flatten()
+    assert ((back[0, 0, 0] == whole) | (back[0, 0, 0] == 0)).all()
+    assert (back != 0).sum() == (seen != 0).sum()
+
+
+def test_the_trace_is_in_the_order_of_the_input():
+    """Its first entry is the gradient of the bound with respect to the whole box."""
+    net, x, y = make("batchnorm")
+    stages, _, box = relaxations.prepare(net, x, 0.1, "deeppoly", None)
+    pairs = [[t.detach().flatten(1) for t in p] for p in preactivation_bounds(net, x, 0.1)]
+    l, u = (torch.cat(t, 1) for t in zip(*pairs))
+    box = [t.detach().requires_grad_() for t in box]
+    rows = torch.eye(net(x).shape[1], dtype=x.dtype)[y]
+    zero, trace = torch.zeros_like(l), []
+    sub = relaxations.Subdomains([p[0].shape[1] for p in pairs], rows, box, l, u, zero, zero, zero)
+    low = relaxations.subdomain_bounds(stages, sub, trace=trace)[0]
+    grads = torch.autograd.grad(low.sum(), box)
+    torch.testing.assert_close(trace[0], (grads[0] + grads[1])[0])
+
+
 def test_the_functions_with_a_backward_pass_of_their_own():
     """Finite differences, for every way the shapes broadcast."""
     def random(*shape):
