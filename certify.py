@@ -52,8 +52,8 @@ from torch.func import jacrev
 from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, pinned_forward,
                          preactivation_bounds, read_network, subdomain_bounds)
 from train import (CERTIFY, CLOSE, InputError, Parser, Progress, attack, ball, certified_margin,
-                   count, duration, forward_margin, in_float64, load_dataset, load_run, number,
-                   pick_device, run, smallest)
+                   count, duration, forward_margin, hold_out, in_float64, load_dataset, load_run,
+                   number, pick_device, run, smallest)
 
 STATUSES = ("misclassified", "attacked", "certified", "unknown")
 STAGES = (*RELAXATIONS, "branch-and-bound")
@@ -605,7 +605,8 @@ def main(argv=None):
     device = pick_device(args.device)
     folder = Path(args.run) if args.run else newest_run()
     net, config = load_run(folder)
-    data = load_dataset(config["dataset"], args.data_dir or config["data_dir"])
+    data = hold_out(load_dataset(config["dataset"], args.data_dir or config["data_dir"]),
+                    config["validation"])
     if list(data.x_test.shape[1:]) != config["input_shape"] or data.classes != config["classes"]:
         raise InputError(f"{folder} was trained on images {config['input_shape']} of "
                          f"{config['classes']} classes, but {config['dataset']} has "

@@ -851,15 +851,19 @@ def _ascend(bound, free, limits, rates, steps, target=torch.inf):
 
 
 def _with_best_slopes(bound, steps):
-    """The best of bound(free) over the lower slopes of each row, from the rule's (alpha-CROWN)."""
+    """The best of bound(free) over the lower slopes of each row, from the rule's (alpha-CROWN).
+
+    Its gradient is that of bound at the slopes found, held fixed.
+    """
     if not steps:
         return bound(None)
     rule = {}
     low = bound(rule)                                      # fills in the rule's slopes
     if rule:
         slopes, _, limits = zip(*rule.values())
-        low, _ = _ascend(lambda slopes: bound({s: Free(t) for s, t in zip(rule, slopes)}), slopes,
-                         limits, [RATES[0]] * len(rule), steps)
+        chosen = lambda slopes: bound({s: Free(t) for s, t in zip(rule, slopes)})
+        best, slopes = _ascend(chosen, slopes, limits, [RATES[0]] * len(rule), steps)
+        low = chosen(slopes) if torch.is_grad_enabled() else best
     return low
 
 
@@ -977,8 +981,6 @@ def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=ad
     """
     stages, shapes, box = prepare(net, x, eps, relax, params)
     bounds = _intermediate(stages, box, relax, slope, skip_stable, chunk, steps)
-    if relax == "alpha-crown":
-        bounds = [(l.detach(), u.detach()) for l, u in bounds]
     return [tuple(t.expand(_population(params), -1, -1).reshape(shape) for t in pair)
             for pair, shape in zip(bounds, _outer_shapes(shapes, x, params))]
 
@@ -1000,7 +1002,7 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     x: (B, ...) pixels in [0, 1], float32 or float64 like the parameters.  y: (B,) labels.
     eps: radius in pixels: a number, or a tensor that broadcasts with x.
     relax: "box", "crown-ibp", "deeppoly" (textbook: every bound by full back-substitution), or
-        "alpha-crown" (so many steps of ascent; its result carries no gradient).
+        "alpha-crown" (so many steps of ascent; its gradient holds the slopes found fixed).
     params: {name of net.state_dict(): (P, ...)}, as torch.func.stack_module_state makes it: bounds
         for P networks at once. Names left out keep the values of net, for all P.
     skip_stable: with "deeppoly" and "alpha-crown", back-substitute only the neurons that interval
@@ -1059,7 +1061,6 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         deeppoly = margin_lower_bounds(net, x, y, eps, "deeppoly", params, skip_stable, slope=slope,
                                        chunk=chunk)
         low = torch.maximum(low, deeppoly[None] if params is None else deeppoly)
-    low = low.detach() if relax == "alpha-crown" else low
     return low[0] if params is None else low
 
 

@@ -810,6 +810,113 @@ def test_robust_loss_bounds_the_worst_cross_entropy_and_counts_its_parts():
     assert fractions[0].item() == pytest.approx(sum(right) / len(y))
 
 
+def loss_at(net, x, y, eps, relax, **options):
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()[None]
+    return train.robust_loss(net, x, y, eps, relax, **options)(theta).item()
+
+
+def test_baselines_mix_the_box_and_the_attack_as_their_formulas_say():
+    net, x, y = make("windows", dtype=torch.float64)
+    loss = lambda relax, **options: loss_at(net, x, y, 0.05, relax, **options)
+    points, _ = train.attack(net, x, y, 0.05, steps=8, restarts=1)
+    rows = lambda logits: nn.functional.cross_entropy(logits, y, reduction="none")
+    m, logits = margin_lower_bounds(net, x, y, 0.05, "box"), net(points)
+    of_box, of_attack = rows(-m), rows(logits)
+    assert (of_box > of_attack).all() and (of_attack > rows(net(x)) + 1e-3).all()
+    expected = {"mtl-ibp": (0.3 * of_box + 0.7 * of_attack).mean().item(),
+                "cc-ibp": rows(-0.3 * m + 0.7 * logits).mean().item(),
+                "exp-ibp": (of_box ** 0.3 * of_attack ** 0.7).mean().item()}
+    for relax, value in expected.items():
+        assert loss(relax, alpha=0.3) == pytest.approx(value)
+        assert loss(relax, alpha=1.0) == pytest.approx(loss("box"))
+        assert loss(relax, alpha=0.0) == pytest.approx(of_attack.mean().item())
+    assert len({round(v, 6) for v in expected.values()}) == 3
+
+
+def test_the_small_box_of_sabr_is_around_the_attack_and_in_the_ball(monkeypatch):
+    net, x, y = make("windows", dtype=torch.float64)
+    points, _ = train.attack(net, x, y, 0.05, steps=8, restarts=1)
+    seen, bounds = [], train.margin_lower_bounds
+    monkeypatch.setattr(train, "margin_lower_bounds", lambda net, x, y, eps, *args, **options: (
+        seen.append((x, eps)), bounds(net, x, y, eps, *args, **options))[1])
+    whole, small = (loss_at(net, x, y, 0.05, "sabr", lam=lam) for lam in (1.0, 0.2))
+    (center, radius), = seen[1:]
+    assert whole == pytest.approx(loss_at(net, x, y, 0.05, "box")) and small < whole
+    assert radius == pytest.approx(0.01) and torch.equal(seen[0][0], x)
+    assert ((center - x).abs() + radius <= 0.05 + 1e-12).all()
+    assert ((center - points).abs() <= radius + 1e-12).all()
+    assert loss_at(net, x, y, 0.05, "sabr", lam=1e-9) == pytest.approx(
+        nn.functional.cross_entropy(net(points), y).item())
+
+
+def test_beta_goes_from_crown_ibp_to_box():
+    net, x, y = make("windows", dtype=torch.float64)
+    m, box = (margin_lower_bounds(net, x, y, 0.05, r) for r in ("crown-ibp", "box"))
+    for beta in (0.0, 0.3, 1.0):
+        assert loss_at(net, x, y, 0.05, "crown-ibp", beta=beta) == pytest.approx(
+            nn.functional.cross_entropy(-beta * m - (1 - beta) * box, y).item())
+
+
+def test_certified_error_counts_and_only_pgpe_follows_it():
+    net, x, _ = make("mlp", dtype=torch.float64, batch=40)
+    y = torch.arange(40) % 4
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    margins = margin_lower_bounds(net, x, y, 0.1, "box")
+    error = sum(any(m <= 0 for k, m in enumerate(row) if k != c)
+                for row, c in zip(margins.tolist(), y.tolist())) / 40
+    loss = train.robust_loss(net, x, y, 0.1, "box", loss="certified-error")
+    assert 0.1 < error < 1 and loss(theta[None]).tolist() == [error]
+    assert gls.gradient(loss, theta)[1].abs().max() == 0
+    generator = torch.Generator().manual_seed(0)
+    step = gls.pgpe(loss, theta, 0.05, 500, generator)[1]
+    lower, _ = gls.smoothed_loss(loss, theta - 0.1 * step / step.norm(), 0.05, 4000, generator)
+    value, deviation = gls.smoothed_loss(loss, theta, 0.05, 4000, generator)
+    assert lower < value - 5 * deviation                               # downhill
+
+
+def test_the_alpha_crown_loss_and_its_gradient():
+    """Each hidden neuron sees an input of its own: rows are linear in each slope, so that the ascent
+    ends at 0s and 1s, where holding the slopes fixed gives the true gradient (Danskin)."""
+    net, x, y = make("windows", dtype=torch.float64)
+    assert loss_at(net, x, y, 0.1, "alpha-crown") < loss_at(net, x, y, 0.1, "deeppoly")
+    assert loss_at(net, x, y, 0.1, "alpha-crown", slope_steps=0) == pytest.approx(
+        loss_at(net, x, y, 0.1, "deeppoly"))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(9, 9, 1, groups=9), nn.ReLU(), nn.Flatten(), nn.Linear(9, 3))
+    net, x, y = net.double(), torch.rand(4, 9, 1, 1).double(), torch.tensor([0, 1, 2, 0])
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    loss = train.robust_loss(net, x, y, 0.2, "alpha-crown", slope_steps=40)
+    assert loss(theta[None]) < loss_at(net, x, y, 0.2, "deeppoly") - 1e-4
+    _, grad, _ = gls.gradient(loss, theta)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        d = torch.randn(len(theta), generator=generator, dtype=theta.dtype) * 1e-6
+        slope = (loss((theta + d)[None]) - loss((theta - d)[None])).item() / 2
+        assert slope == pytest.approx((grad @ d).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("relax", ["alpha-crown", *train.ATTACKING])
+def test_losses_of_a_population_are_those_of_its_members(relax):
+    net, x, y = make("batchnorm")
+    thetas = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    thetas = thetas + 0.1 * torch.randn(3, len(thetas), generator=torch.Generator().manual_seed(0))
+    loss = train.robust_loss(net, x, y, 0.05, relax, kappa=0.2)
+    torch.testing.assert_close(loss(thetas), torch.cat([loss(t[None]) for t in thetas]))
+
+
+def test_the_attack_of_a_baseline_sees_the_weights_of_its_step(tmp_path, monkeypatch):
+    weights, attack = [], train.attack
+    monkeypatch.setattr(train, "attack", lambda net, *args, **options: (
+        weights.append(torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone()),
+        attack(net, *args, **options))[1])
+    net, x, y = make("mlp", batch=64)
+    config = train.parse_config("--relax sabr --opt grad --epochs 2 --ramp 0 --batch-size 16 "
+                                "--lr 0.01".split()) | {"augment": False}
+    train.train(net.float(), x.float(), y, config, torch.device("cpu"), tmp_path, lambda line: None)
+    assert len(weights) == 8
+    assert all(((a - b).abs().max() > 1e-3) for a, b in zip(weights, weights[1:]))
+
+
 def test_regularizers_by_hand():
     """Centres 3, 1, -1 (radius 1/2: two neurons active, one inactive), then 1, -1 with radius 2."""
     c = torch.tensor([[[3., 1., -1.]]])
@@ -854,6 +961,24 @@ def test_attack_is_exact_on_an_affine_network():
     wide = x.double()                                          # float32 points, exactly in the ball
     assert ((points.double() - wide).abs() <= 0.15).all()
     assert points.min() >= 0 and points.max() <= 1
+
+
+def test_hold_out_takes_the_last_training_images_for_the_test(tmp_path, capsys):
+    data = train.load_dataset("digits")
+    held = train.hold_out(data, 200)
+    assert torch.equal(torch.cat([held.x_train, held.x_test]), data.x_train)
+    assert torch.equal(held.y_test, data.y_train[-200:]) and len(held.x_test) == 200
+    assert train.hold_out(data, 0) is data
+    run = tmp_path / "run"
+    assert command(train.main, "--validation", 200, "--out", run, *QUICK[:6]) == 0
+    assert "200 test images" in capsys.readouterr().out
+    assert command(certify.main, run, "--stages", "box", "--restarts", 0) == 0
+    assert "200 test images" in capsys.readouterr().out
+    labels = [json.loads(l)["label"]
+              for l in next(run.glob("certify-*.jsonl")).read_text().splitlines()[1:]]
+    assert sorted(labels) == sorted(held.y_test.tolist())
+    assert command(train.main, "--validation", 1437, "--out", tmp_path / "no") == 2
+    assert "leaves none" in capsys.readouterr().err
 
 
 def test_augment_shifts_and_flips():
@@ -1528,7 +1653,11 @@ def test_certify_saves_what_it_finds_and_continues_where_it_stopped(tmp_path, ca
     (["--opt", "pgpe", "--sigma", "0"], "--sigma: '0' has to be a number > 0"),
     (["--opt", "pgpe", "--samples", "0"], "--samples: '0'"),
     (["--opt", "pgpe", "--samples", "3"], "--samples: 3 is odd"),
-    (["--samples", "5"], "--samples: 5 is odd"), (["--sigma-adapt", "scalar"], "--sigma-adapt"),
+    (["--samples", "5"], "--samples: 5 is odd"),
+    (["--loss", "certified-error"], "use --opt pgpe"),
+    (["--loss", "certified-error", "--opt", "pgpe", "--relax", "sabr"], "sabr has no"),
+    (["--lam", "0"], "--lam: '0'"), (["--alpha", "2"], "--alpha: '2'"),
+    (["--sigma-adapt", "scalar"], "--sigma-adapt"),
     (["--batch-size", "x"], "--batch-size"), (["--epochs", "-1"], "--epochs"),
     (["--device", "cuda"], "--device cuda"), (["--dataset", "no.npz"], "no.npz: no such file"),
     (["--unknown"], "--unknown")])

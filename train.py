@@ -3,6 +3,7 @@
     python train.py                                                  digits, DeepPoly, RGS: a minute
     python train.py --relax box --opt grad                           the classic baseline (IBP)
     python train.py --relax box --opt pgpe                           no gradient of the bound needed
+    python train.py --relax mtl-ibp --alpha 0.1 --opt grad           a baseline of the field
     python train.py --dataset mnist --data-dir DIR                   needs its files, or downloads
     python train.py --relax deeppoly --opt rgs --dataset cifar10
 
@@ -47,6 +48,12 @@ from relaxations import RELAXATIONS, margin_lower_bounds, preactivation_bounds
 
 COMMON = dict(
     relax="deeppoly", opt="rgs",
+    loss="cross-entropy", # or certified-error: 0 or 1 for each image, which only pgpe can follow
+    beta=1.0,             # crown-ibp: its weight against box once eps is full; Zhang et al. end at
+                          # 0 or 1, by data set, but 0 would make it box, and here it is studied
+    alpha=0.1,            # here: mtl-, cc-, exp-ibp; De Palma et al. use 0.004 to 0.5, by data set
+    lam=0.4,              # Mueller et al. for MNIST at 0.1; they use 0.1 to 0.7, by data set
+    slope_steps=3,        # here: alpha-crown; each costs a bound and its gradient
     kappa=0.0,            # weight of the natural loss: 0 = only the bound counts
     l1=0.0,               # Shi's followers use 0 to 2e-5, by data set; off unless asked for
     regularize=0.5,       # Shi: weight of the two regularisers, falling to 0 over the ramp
@@ -60,7 +67,7 @@ COMMON = dict(
     sigma_adapt="fixed",  # or scalar, parameter: PGPE's own adaptation of sigma
     sigma_lr=0.1,         # pgpelib's default for the step of sigma
     skip_stable=True,     # here: faster than the textbook, and certifies as much (README)
-    subset=None, test_subset=None, out=None,
+    subset=None, validation=0, test_subset=None, out=None,
 )
 DEFAULTS = {              # epochs, ramp and milestones count passes over the training set
     "digits": dict(net="cnn3", eps=0.1, epochs=20, ramp=8, milestones=(15, 18), batch_size=64,
@@ -136,6 +143,14 @@ def load_dataset(name, data_dir="data"):
     else:
         raise InputError(f"dataset {name!r} is none of digits, mnist, cifar10, or PATH.npz")
     return _check_dataset(name, *arrays, classes=None if str(name).endswith(".npz") else 10)
+
+
+def hold_out(data, n):
+    """For tuning: the last n training images take the place of the test images (n = 0: nothing)."""
+    if n >= len(data.x_train):
+        raise InputError(f"--validation {n} leaves none of the {len(data.x_train)} training images")
+    x, y, k = data.x_train, data.y_train, len(data.x_train) - n
+    return data._replace(x_train=x[:k], y_train=y[:k], x_test=x[k:], y_test=y[k:]) if n else data
 
 
 def _check_dataset(name, x_train, y_train, x_test, y_test, classes):
@@ -307,6 +322,7 @@ def augment(x, generator, pad=2):
 
 NETWORKS = {
     "mlp": ([], [100, 100]),
+    "small": ([(4, 5, 2, 2), (8, 4, 2, 1)], []),
     "cnn3": ([(16, 5, 2, 2), (32, 4, 2, 1)], []),
     "cnn5": ([(16, 3, 1, 1), (16, 4, 2, 1), (32, 4, 2, 1)], [512]),
     "cnn7": ([(64, 3, 1, 1), (64, 3, 1, 1), (128, 3, 2, 1), (128, 3, 1, 1), (128, 3, 1, 1)], [512]),
@@ -360,15 +376,14 @@ def unflatten(thetas, net):
     return params
 
 
-def update_batchnorm(net, theta, x):
-    """Let BatchNorm see x at the weights theta: its running statistics move, as in any training.
+def update_batchnorm(net, x):
+    """Let BatchNorm see x: its running statistics move, as in any training.
 
     Bounds always use the running statistics, as constants: no gradient flows through them, and all
     members of a population share them. (Shi et al. bound with the statistics of the batch.)
     """
     norms = [m for m in net if isinstance(m, nn.BatchNorm2d) and m.affine]
     if norms:
-        vector_to_parameters(theta, net.parameters())
         for m in norms:
             m.train()
         with torch.no_grad():
@@ -415,38 +430,87 @@ def regularizers(bounds, radius):
     return torch.stack(tightness).mean(0) + torch.stack(balance).mean(0)
 
 
-def robust_loss(net, x, y, eps, relax="deeppoly", kappa=0.0, l1=0.0, regularize=0.0,
-                skip_stable=False, certified=None):
+ATTACKING = {  # what becomes of the margins in the box, m, and at the points of an attack, a
+    # Mueller et al. 2023, "Certified training: small boxes are all you need"
+    "sabr": lambda m, a, alpha: cross_entropy(m),             # m in a small box around the points
+    # De Palma et al. 2024, "Expressive losses for verified robustness via convex combinations"
+    "mtl-ibp": lambda m, a, alpha: alpha * cross_entropy(m) + (1 - alpha) * cross_entropy(a),
+    "cc-ibp": lambda m, a, alpha: cross_entropy(alpha * m + (1 - alpha) * a),
+    "exp-ibp": lambda m, a, alpha: (cross_entropy(m).clamp(min=1e-9) ** alpha
+                                    * cross_entropy(a).clamp(min=1e-9) ** (1 - alpha)),
+}
+
+
+def cross_entropy(margins):
+    """Of logits that are less than that of the label by margins (..., K): log sum_k exp(-m_k)."""
+    return torch.logsumexp(-margins, -1)
+
+
+def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa=0.0, l1=0.0,
+                regularize=0.0, skip_stable=False, beta=1.0, alpha=0.1, lam=0.4, slope_steps=3,
+                certified=None):
     """The loss of a minibatch as a function (P, D) -> (P,) of parameter vectors, for gls.py.
 
         (1 - kappa) E[CE(-m, y)] + kappa E[CE(logits, y)] + l1 |weights|_1 + regularize * (...)
 
     m are lower bounds of the margins logit[y] - logit[k]: -m are logits of the worst case, relative
     to that of y, and their cross-entropy log sum_k exp(-m_k) is an upper bound of the largest
-    cross-entropy in the ball. (m_y = 0.)  certified: a list to which the certified fraction of
-    each call, averaged over P, is appended.
+    cross-entropy in the ball. (m_y = 0.)  With loss="certified-error" the fraction of images with
+    some m_k <= 0 takes its place, an upper bound of the worst error; its gradient is zero.
+
+    relax  box, deeppoly    the bounds of relaxations.py
+           crown-ibp        beta m + (1 - beta) (m of box), as Zhang et al. 2020 train with it
+           alpha-crown      the margins by slope_steps steps of ascent, between DeepPoly's bounds
+                            of the neurons; a gradient holds the slopes found fixed
+           ATTACKING        baselines that see an attack (8 steps of PGD on net as it is, once for
+                            all parameter vectors) beside the box: no upper bounds of the worst case
+    alpha, lam: weight of the box for those; radius of sabr's small box in units of eps.
+    certified: a list to which the certified fraction of each call, averaged over P, is appended.
     """
-    def loss(thetas):
+    center, radius = x, eps
+    if relax in ATTACKING:
+        points, _ = attack(net, x, y, eps, steps=8, restarts=1)
+    if relax == "sabr":
+        radius = lam * eps
+        center = points.clamp(x - (eps - radius), x + (eps - radius))
+    outputs = "box" if relax in ATTACKING else relax
+    neurons = "deeppoly" if relax == "alpha-crown" else outputs
+
+    def forward(params, x):
+        return vmap(lambda p: functional_call(net, p, (x,)))(params)                # (P, B, K)
+
+    def total(thetas):
         params = unflatten(thetas, net)
-        bounds = preactivation_bounds(net, x, eps, relax, params, skip_stable=skip_stable)
-        margins = margin_lower_bounds(net, x, y, eps, relax, params, intermediate=bounds)
-        total = (1 - kappa) * torch.logsumexp(-margins, -1).mean(-1)
+        bounds = preactivation_bounds(net, center, radius, neurons, params, skip_stable=skip_stable)
+        margins = lambda relax: margin_lower_bounds(net, center, y, radius, relax, params,
+                                                    intermediate=bounds, steps=slope_steps)
+        m = margins(outputs)                                                        # (P, B, K)
+        if relax == "crown-ibp" and beta < 1:
+            m = beta * m + (1 - beta) * margins("box")
+        is_certified = (m > 0).sum(-1) == m.shape[-1] - 1                           # (P, B)
         if certified is not None:
-            fraction = ((margins > 0).sum(-1) == margins.shape[-1] - 1).float().mean()
-            certified.append(fraction.detach())
+            certified.append(is_certified.float().mean())
+        if loss == "certified-error":
+            value = 1 - is_certified.to(m.dtype)
+        elif relax in ATTACKING:
+            logits = forward(params, points)
+            a = logits.gather(2, y.expand(len(logits), -1)[..., None]) - logits
+            value = ATTACKING[relax](m, a, alpha)
+        else:
+            value = cross_entropy(m)
+        value = (1 - kappa) * value.mean(-1)
         if kappa:
-            logits = vmap(lambda p: functional_call(net, p, (x,)))(params)      # (P, B, K)
-            total = total + kappa * vmap(F.cross_entropy, (0, None))(logits, y)
+            natural = vmap(F.cross_entropy, (0, None))(forward(params, x), y)
+            value = value + kappa * natural
         if l1:
             norms = (w.abs().flatten(1).sum(1) for w in params.values() if w.dim() > 2)
-            total = total + l1 * sum(norms)
+            value = value + l1 * sum(norms)
         if regularize and bounds:
             first = net[0] if isinstance(net[0], nn.BatchNorm2d) else nn.Identity()  # normalisation
-            low, high = first((x - eps).clamp(min=0)), first((x + eps).clamp(max=1))
-            radius = (high - low).abs().mean() / 2
-            total = total + regularize * regularizers(bounds, radius)
-        return total
-    return loss
+            low, high = first((center - radius).clamp(min=0)), first((center + radius).clamp(max=1))
+            value = value + regularize * regularizers(bounds, (high - low).abs().mean() / 2)
+        return value
+    return total
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -570,7 +634,7 @@ def table(result):
 
 # --------------------------------------------------------------------------------------- run folder
 
-CHECKPOINT = 1   # version of the checkpoint's layout
+CHECKPOINT = 2   # version of the checkpoint's layout
 
 
 def save_checkpoint(folder, net, config):
@@ -669,6 +733,7 @@ def train(net, x, y, config, device, folder, show=print):
     batches = torch.Generator().manual_seed(config["seed"])
     noise = torch.Generator(device).manual_seed(config["seed"] + 1)
     theta = parameters_to_vector(net.parameters()).detach().clone()
+    vector_to_parameters(theta, net.parameters())      # as views: net follows theta from here on
     optimizer = torch.optim.Adam([theta], lr=config["lr"])
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, config["milestones"],
                                                     config["lr_decay"])
@@ -692,11 +757,13 @@ def train(net, x, y, config, device, folder, show=print):
                 progress = done / (config["ramp"] * steps) if config["ramp"] else 1.0
                 eps = eps_at(progress, config["eps_train"])
                 certified = []
-                update_batchnorm(net, theta, xb)
-                loss = robust_loss(net, xb, yb, eps, config["relax"], config["kappa"], config["l1"],
-                                   config["regularize"] * max(0.0, 1 - eps / config["eps_train"])
-                                   if config["eps_train"] else 0.0,
-                                   config["skip_stable"], certified)
+                update_batchnorm(net, xb)
+                full = eps / config["eps_train"] if config["eps_train"] else 1.0   # 0 to 1
+                options = {k: config[k] for k in (
+                    "relax", "loss", "kappa", "l1", "skip_stable", "alpha", "lam", "slope_steps")}
+                loss = robust_loss(net, xb, yb, eps, regularize=config["regularize"] * (1 - full),
+                                   beta=1 + (config["beta"] - 1) * full, certified=certified,
+                                   **options)
                 value, theta.grad, sigma_grad = estimate(loss, theta, sigma, config, noise)
                 norm = clip_grad_norm_([theta], config["clip"])
                 if not (value.isfinite() and norm.isfinite()):
@@ -720,7 +787,6 @@ def train(net, x, y, config, device, folder, show=print):
                              samples_per_s=len(x) / (time.time() - begun)))
             log.writerow({k: f"{v:.6g}" for k, v in rows[-1].items()})
             file.flush()
-            vector_to_parameters(theta, net.parameters())
             save_checkpoint(folder, net, config)
     return rows
 
@@ -772,7 +838,8 @@ def parse_config(argv):
                "Gaussian loss smoothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     eps, switch = number(0, 1), argparse.BooleanOptionalAction
     p.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, or PATH.npz")
-    p.add_argument("--relax", choices=RELAXATIONS[:3], default=COMMON["relax"])  # with a gradient
+    p.add_argument("--relax", choices=(*RELAXATIONS, *ATTACKING), default=COMMON["relax"],
+                   help="the bound in the loss, or a baseline that is none")
     p.add_argument("--opt", choices=("grad", "rgs", "pgpe"), default=COMMON["opt"])
     p.add_argument("--net", choices=NETWORKS, help="default: by data set")
     p.add_argument("--eps", type=eps,
@@ -796,6 +863,16 @@ def parse_config(argv):
                    help="pgpe: follow the gradient of sigma too, one for all or one per parameter")
     p.add_argument("--sigma-lr", type=number(0, math.inf), default=COMMON["sigma_lr"])
     p.add_argument("--members", type=count(1), default=16, help="parameter vectors run at once")
+    p.add_argument("--loss", choices=("cross-entropy", "certified-error"), default=COMMON["loss"],
+                   help="certified-error: the fraction not certified; for pgpe only")
+    p.add_argument("--beta", type=number(0, 1), default=COMMON["beta"],
+                   help="crown-ibp: its weight against box at full eps, 1 at eps 0")
+    p.add_argument("--alpha", type=number(0, 1), default=COMMON["alpha"],
+                   help="mtl-ibp, cc-ibp, exp-ibp: weight of the box against the attack")
+    p.add_argument("--lam", type=number(0, 1, True), default=COMMON["lam"],
+                   help="sabr: radius of the small box, in units of eps (lambda)")
+    p.add_argument("--slope-steps", type=count(0), default=COMMON["slope_steps"],
+                   help="alpha-crown: steps of ascent inside the loss")
     p.add_argument("--kappa", type=number(0, 1), default=COMMON["kappa"],
                    help="weight of the natural loss")
     p.add_argument("--l1", type=number(0, math.inf), default=COMMON["l1"])
@@ -810,6 +887,8 @@ def parse_config(argv):
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--data-dir", default="data", help="where the data set is, or is downloaded to")
     p.add_argument("--subset", type=count(1), help="use only the first N training images")
+    p.add_argument("--validation", type=count(0), default=COMMON["validation"],
+                   help="hold out the last N training images and test on them, to tune settings")
     p.add_argument("--test-subset", type=count(1), help="evaluate on the first N test images only")
     p.add_argument("--out", help="the run folder; default: runs/DATASET-NET-RELAX-OPT")
     args = p.parse_args(argv)
@@ -832,6 +911,12 @@ def parse_config(argv):
         p.error(f"argument --samples: {config['samples']} is odd, but {config['opt']} uses "
                 f"antithetic pairs; use {config['samples'] + 1}"
                 + (", or --no-antithetic" * (config["opt"] == "rgs")))
+    if config["loss"] == "certified-error":
+        if config["opt"] != "pgpe":
+            p.error("argument --loss: the gradient of certified-error is 0; use --opt pgpe")
+        if config["relax"] in ATTACKING:
+            p.error(f"argument --loss: {config['relax']} has no certified-error; use a --relax of "
+                    + ", ".join(RELAXATIONS))
     if config["sigma_adapt"] != "fixed" and config["opt"] != "pgpe":
         p.error(f"argument --sigma-adapt: only --opt pgpe estimates a gradient of sigma, not "
                 f"--opt {config['opt']}; use fixed")
@@ -841,7 +926,7 @@ def parse_config(argv):
 def main(argv=None):
     config = parse_config(argv)
     device = pick_device(config["device"])
-    data = load_dataset(config["dataset"], config["data_dir"])
+    data = hold_out(load_dataset(config["dataset"], config["data_dir"]), config["validation"])
     x, y = (t[:config["subset"]] for t in (data.x_train, data.y_train))
     x_test, y_test = (t[:config["test_subset"]].to(device) for t in (data.x_test, data.y_test))
     cifar = config["dataset"] == "cifar10"
