@@ -1,0 +1,236 @@
+"""The experiments behind the README's claims: every cell a run of train.py and one of certify.py.
+
+    python figures/experiments.py digits                what is missing of the table and the sweeps
+    python figures/experiments.py digits --part tune    the search that chose the settings
+    python figures/experiments.py mnist --data-dir DIR
+    python figures/experiments.py --readme              the README's tables, from the results
+
+Results go to results/NAME.jsonl, one line per cell, as soon as it is finished; a cell whose command
+is there is not run again, so that an interrupted call continues where it stopped. Each of --jobs
+processes uses one thread, so that a cell's result does not depend on how many there are.
+
+Tuning. Every method gets the same number of tries, drawn at random from one space (SPACE), at seed
+0, on images held out from the training set; the try with most images certified there is kept, the
+first of equals. The test set is not used. Everything tried is in results/NAME-tuning.jsonl.
+"""
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch                                                                       # noqa: E402
+
+import certify                                                                     # noqa: E402
+import train                                                                       # noqa: E402
+
+RESULTS, RUNS = ROOT / "results", ROOT / "runs" / "experiments"
+
+# ------------------------------------------------------------------------------------------ design
+
+GRID = [(relax, opt) for relax in ("box", "crown-ibp", "deeppoly") for opt in ("grad", "rgs", "pgpe")]
+BASELINES = [(relax, opt) for relax in ("sabr", "mtl-ibp") for opt in ("grad", "rgs")]
+
+SPACE = {   # what tuning draws from; the keys are options of train.py
+    "lr": (0.003, 0.01, 0.03),
+    "eps-train": (1.0, 1.2),                                 # in units of eps
+    "l1": (0.0, 1e-5, 1e-4),
+    "sigma": (0.003, 0.01, 0.03),                            # rgs, pgpe
+    "alpha": (0.03, 0.1, 0.3),                               # mtl-ibp
+    "lam": (0.2, 0.4, 0.7),                                  # sabr
+}
+
+TABLES = {
+    "digits": dict(
+        common=dict(dataset="digits", net="small", epochs=40, ramp=16, milestones=(30, 36)),
+        eps=0.1, methods=GRID + BASELINES + [("alpha-crown", "grad"), ("alpha-crown", "rgs")],
+        seeds=5, tries=8, validation=237, samples=None, timeout=30,
+        sweeps={"sigma": ((0.001, 0.003, 0.01, 0.03, 0.1),
+                          [("box", "rgs"), ("deeppoly", "rgs"), ("box", "pgpe"), ("crown-ibp", "pgpe")]),
+                "samples": ((2, 4, 8), [("box", "rgs"), ("deeppoly", "rgs")])},
+        sweep_seeds=3),
+}
+
+
+def settings(method, draw, eps):
+    """Options of train.py for one method from a draw of SPACE."""
+    relax, opt = method
+    chosen = {k: draw[k] for k in ("lr", "l1")} | {"eps-train": round(eps * draw["eps-train"], 6)}
+    if opt != "grad":
+        chosen["sigma"] = draw["sigma"]
+    if relax == "mtl-ibp":
+        chosen["alpha"] = draw["alpha"]
+    if relax == "sabr":
+        chosen["lam"] = draw["lam"]
+    return chosen
+
+
+def command(table, method, seed, chosen, **more):
+    """The arguments of train.py of one cell, its key in the results."""
+    options = dict(table["common"], relax=method[0], opt=method[1], eps=table["eps"], **chosen,
+                   seed=seed, **more)
+    words = []
+    for k, v in options.items():
+        words += [f"--{k}", *(map(str, v) if isinstance(v, tuple) else [str(v)])]
+    return words
+
+
+def tuning_cells(table):
+    cells = []
+    for method in table["methods"]:
+        generator = random.Random("/".join(method))          # the same draws whenever it is asked
+        for _ in range(table["tries"]):
+            draw = {k: generator.choice(v) for k, v in SPACE.items()}
+            cells.append((method, 0, settings(method, draw, table["eps"]),
+                          {"validation": table["validation"]}))
+    return cells
+
+
+def tuned(name):
+    """{method: its best settings on the validation images}."""
+    best = {}
+    for cell in read(f"{name}-tuning"):
+        method = cell["relax"], cell["opt"]
+        score = cell.get("certified", -1), cell.get("natural", -1)             # -1: it failed
+        if method not in best or score > best[method][0]:
+            best[method] = score, cell["settings"]
+    missing = [m for m in TABLES[name]["methods"] if m not in best]
+    if missing:
+        sys.exit(f"{missing} of {name} are not tuned; run: python figures/experiments.py {name} "
+                 "--part tune")
+    return {method: chosen for method, (_, chosen) in best.items()}
+
+
+def table_cells(name, table):
+    best = tuned(name)
+    return [(m, seed, best[m], {}) for seed in range(table["seeds"]) for m in table["methods"]]
+
+
+def sweep_cells(name, table):
+    best = tuned(name)
+    return [(m, seed, {**best[m], option: value}, {})
+            for option, (values, methods) in table["sweeps"].items()
+            for seed in range(table["sweep_seeds"]) for m in methods for value in values]
+
+
+# ----------------------------------------------------------------------------------------- running
+
+def read(name):
+    """Finished cells, in the order in which they were finished."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def commit():
+    git = lambda *args: subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True,
+                                       text=True).stdout.strip()
+    return git("rev-parse", "--short", "HEAD") + "-dirty" * bool(git("status", "-s", "--", "*.py"))
+
+
+def processor():
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def run_cell(words, certify_words, data_dir):
+    """Train and certify one cell, silently; returns what is known of it then."""
+    torch.set_num_threads(1)
+    train.keep_memory()
+    folder = RUNS / "-".join(w.lstrip("-") for w in words).replace("/", "_")
+    local = ["--data-dir", data_dir]
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        begun = time.time()
+        if not (folder / "trained").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                train.main([*words, *local, "--device", "cpu", "--test-subset", "1",
+                            "--out", str(folder)])
+            except FloatingPointError as e:
+                return dict(failed=str(e).split(";")[0])
+            (folder / "trained").write_text(f"{time.time() - begun:.2f}")
+        n = certify_words[certify_words.index("--samples") + 1]
+        certify.main([str(folder), *certify_words, *local, "--device", "cpu"])
+    lines = next(folder.glob("certify-*.jsonl")).read_text().splitlines()
+    verdicts = [json.loads(line) for line in lines][1:]
+    assert len(verdicts) == int(n), (len(verdicts), n)
+    status, stage = (Counter(v[k] for v in verdicts) for k in ("status", "stage"))
+    log = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
+    column = {k: [float(row[i]) for row in log[1:]] for i, k in enumerate(log[0])}
+    curve = {k: [round(v, 4) for v in column[k]] for k in ("eps", "loss", "certified")}
+    return dict(n=len(verdicts), natural=len(verdicts) - status["misclassified"],
+                attacked=status["attacked"], certified=status["certified"],
+                unknown=status["unknown"],
+                certified_by={s: stage[s] for s in certify.STAGES},
+                train_seconds=float((folder / "trained").read_text()),
+                certify_seconds=round(sum(v["seconds"] for v in verdicts), 2), curve=curve)
+
+
+def run(name, file, cells, table, args):
+    """Run the cells that file does not have yet, and append them to it."""
+    known = {cell["train"] for cell in read(file)}
+    machine = dict(commit=commit(), processor=processor(), threads=1, jobs=args.jobs,
+                   torch=str(torch.__version__))
+    todo = {}
+    for method, seed, chosen, more in cells:
+        words = command(table, method, seed, chosen, **more)
+        line = "python train.py " + " ".join(words)
+        if line not in known:
+            todo[line] = (method, seed, chosen, words, more)
+    print(f"{name}: {len(cells) - len(todo)} of {len(cells)} cells are finished or repeated",
+          flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    begun, context = time.time(), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool, \
+            open(RESULTS / f"{file}.jsonl", "a") as out:
+        jobs = {}
+        for line, (method, seed, chosen, words, more) in todo.items():
+            samples = more.get("validation") or table["samples"] or 360
+            cert = ["--samples", str(samples), "--timeout", str(table["timeout"])]
+            jobs[pool.submit(run_cell, words, cert, args.data_dir)] = line, cert
+        for i, job in enumerate(as_completed(jobs)):
+            line, cert = jobs[job]
+            method, seed, chosen, words, _ = todo[line]
+            cell = dict(relax=method[0], opt=method[1], seed=seed, settings=chosen, train=line,
+                        certify="python certify.py RUN " + " ".join(cert), **job.result(), **machine)
+            print(json.dumps(cell), file=out, flush=True)
+            left = (time.time() - begun) / (i + 1) * (len(jobs) - i - 1)
+            print(f"{i + 1}/{len(jobs)}  {'/'.join(method)} seed {seed}: "
+                  + (cell.get("failed") or f"natural {cell['natural']}, certified "
+                     f"{cell['certified']} of {cell['n']}") + f"  {train.duration(left)} left",
+                  flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(description="Run the experiments behind the README's claims.")
+    p.add_argument("name", nargs="?", choices=TABLES)
+    p.add_argument("--part", choices=("tune", "table", "sweeps"), nargs="*",
+                   default=["table", "sweeps"])
+    p.add_argument("--jobs", type=int, default=os.cpu_count())
+    p.add_argument("--data-dir", default=str(ROOT / "data"))
+    args = p.parse_args()
+    table = TABLES[args.name]
+    if "tune" in args.part:
+        run(args.name, f"{args.name}-tuning", tuning_cells(table), table, args)
+    if "table" in args.part:
+        run(args.name, args.name, table_cells(args.name, table), table, args)
+    if "sweeps" in args.part and table["sweeps"]:
+        run(args.name, args.name, sweep_cells(args.name, table), table, args)
+
+
+if __name__ == "__main__":
+    main()
