@@ -91,11 +91,12 @@ def command(table, method, seed, chosen, **more):
 def tuning_cells(table):
     cells = []
     for method in table["methods"]:
-        generator = random.Random("/".join(method))          # the same draws whenever it is asked
-        for _ in range(table["tries"]):
+        generator, tries = random.Random("/".join(method)), []       # the same tries in every call
+        while len(tries) < table["tries"]:
             draw = {k: generator.choice(v) for k, v in SPACE.items()}
-            cells.append((method, 0, settings(method, draw, table["eps"]),
-                          {"validation": table["validation"]}))
+            chosen = settings(method, draw, table["eps"])
+            tries += [chosen] if chosen not in tries else []
+        cells += [(method, 0, chosen, {"validation": table["validation"]}) for chosen in tries]
     return cells
 
 
