@@ -2,8 +2,7 @@
 
     python figures/experiments.py digits                what is missing of the table and the sweeps
     python figures/experiments.py digits --part tune    the search that chose the settings
-    python figures/experiments.py mnist --data-dir DIR
-    python figures/experiments.py --readme              the README's tables, from the results
+    python figures/experiments.py mnist-small-0.1 --part tune table --data-dir DIR
 
 Results go to results/NAME.jsonl, one line per cell, as soon as it is finished; a cell whose command
 is there is not run again, so that an interrupted call continues where it stopped. Each of --jobs
@@ -41,8 +40,8 @@ RESULTS, RUNS = ROOT / "results", ROOT / "runs" / "experiments"
 
 # ------------------------------------------------------------------------------------------ design
 
-GRID = [(relax, opt) for relax in ("box", "crown-ibp", "deeppoly") for opt in ("grad", "rgs", "pgpe")]
-BASELINES = [(relax, opt) for relax in ("sabr", "mtl-ibp") for opt in ("grad", "rgs")]
+GRID = [(r, opt) for r in ("box", "crown-ibp", "deeppoly") for opt in ("grad", "rgs", "pgpe")]
+BASELINES = [(r, opt) for r in ("sabr", "mtl-ibp") for opt in ("grad", "rgs")]
 
 SPACE = {   # what tuning draws from; the keys are options of train.py
     "lr": (0.003, 0.01, 0.03),
@@ -59,9 +58,17 @@ TABLES = {
         eps=0.1, methods=GRID + BASELINES + [("alpha-crown", "grad"), ("alpha-crown", "rgs")],
         seeds=5, tries=8, validation=237, samples=None, timeout=30,
         sweeps={"sigma": ((0.001, 0.003, 0.01, 0.03, 0.1),
-                          [("box", "rgs"), ("deeppoly", "rgs"), ("box", "pgpe"), ("crown-ibp", "pgpe")]),
+                          [(r, "rgs") for r in ("box", "deeppoly")]
+                          + [(r, "pgpe") for r in ("box", "crown-ibp")]),
                 "samples": ((2, 4, 8), [("box", "rgs"), ("deeppoly", "rgs")])},
         sweep_seeds=3),
+    "mnist-small-0.1": dict(
+        common={"dataset": "mnist", "net": "small", "subset": 10000, "epochs": 6, "ramp": 2,
+                "milestones": (4, 5), "batch-size": 64},
+        eps=0.1, methods=[(r, opt) for r in ("box", "crown-ibp", "deeppoly")
+                          for opt in ("grad", "rgs")]
+        + [("sabr", "grad"), ("mtl-ibp", "grad"), ("box", "pgpe")],
+        seeds=3, tries=5, validation=500, samples=1000, timeout=30, sweeps={}),
 }
 
 
@@ -148,35 +155,43 @@ def processor():
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
+def run_folder(words):
+    return RUNS / "-".join(w.lstrip("-") for w in words).replace("/", "_")
+
+
+def train_cell(words, data_dir):
+    """Train one cell, silently, unless it is trained; returns its folder."""
+    folder = run_folder(words)
+    if not (folder / "trained").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        begun = time.time()
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+            train.main([*words, "--data-dir", data_dir, "--device", "cpu", "--test-subset", "1",
+                        "--out", str(folder)])
+        (folder / "trained").write_text(f"{time.time() - begun:.2f}")
+    return folder
+
+
 def run_cell(words, certify_words, data_dir):
-    """Train and certify one cell, silently; returns what is known of it then."""
+    """Train and certify one cell; returns what is known of it then."""
     torch.set_num_threads(1)
     train.keep_memory()
-    folder = RUNS / "-".join(w.lstrip("-") for w in words).replace("/", "_")
-    local = ["--data-dir", data_dir]
+    try:
+        folder = train_cell(words, data_dir)
+    except FloatingPointError as e:
+        return dict(failed=str(e).split(";")[0])
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        begun = time.time()
-        if not (folder / "trained").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            try:
-                train.main([*words, *local, "--device", "cpu", "--test-subset", "1",
-                            "--out", str(folder)])
-            except FloatingPointError as e:
-                return dict(failed=str(e).split(";")[0])
-            (folder / "trained").write_text(f"{time.time() - begun:.2f}")
-        n = certify_words[certify_words.index("--samples") + 1]
-        certify.main([str(folder), *certify_words, *local, "--device", "cpu"])
+        certify.main([str(folder), *certify_words, "--data-dir", data_dir, "--device", "cpu"])
     lines = next(folder.glob("certify-*.jsonl")).read_text().splitlines()
     verdicts = [json.loads(line) for line in lines][1:]
-    assert len(verdicts) == int(n), (len(verdicts), n)
+    assert str(len(verdicts)) == certify_words[certify_words.index("--samples") + 1]
     status, stage = (Counter(v[k] for v in verdicts) for k in ("status", "stage"))
     log = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
-    column = {k: [float(row[i]) for row in log[1:]] for i, k in enumerate(log[0])}
-    curve = {k: [round(v, 4) for v in column[k]] for k in ("eps", "loss", "certified")}
+    curve = {k: [round(float(row[log[0].index(k)]), 4) for row in log[1:]]
+             for k in ("eps", "loss", "certified")}
     return dict(n=len(verdicts), natural=len(verdicts) - status["misclassified"],
                 attacked=status["attacked"], certified=status["certified"],
-                unknown=status["unknown"],
-                certified_by={s: stage[s] for s in certify.STAGES},
+                unknown=status["unknown"], certified_by={s: stage[s] for s in certify.STAGES},
                 train_seconds=float((folder / "trained").read_text()),
                 certify_seconds=round(sum(v["seconds"] for v in verdicts), 2), curve=curve)
 
@@ -207,7 +222,8 @@ def run(name, file, cells, table, args):
             line, cert = jobs[job]
             method, seed, chosen, words, _ = todo[line]
             cell = dict(relax=method[0], opt=method[1], seed=seed, settings=chosen, train=line,
-                        certify="python certify.py RUN " + " ".join(cert), **job.result(), **machine)
+                        certify="python certify.py RUN " + " ".join(cert), **job.result(),
+                        **machine)
             print(json.dumps(cell), file=out, flush=True)
             left = (time.time() - begun) / (i + 1) * (len(jobs) - i - 1)
             print(f"{i + 1}/{len(jobs)}  {'/'.join(method)} seed {seed}: "

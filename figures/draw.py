@@ -1,0 +1,313 @@
+"""The README's figures, from the results and from the loss itself. Needs matplotlib.
+
+    python figures/draw.py              all of them, into figures/*.svg (about N minutes)
+    python figures/draw.py 1 3          some
+
+Figures 1, 2, 3 and 7 compute what they show here; 4, 5 and 6 read results/digits.jsonl, which
+figures/experiments.py writes.
+"""
+import argparse
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn as nn
+
+import experiments                                  # first: it puts the checkout on the path
+import gls
+import train
+from relaxations import margin_lower_bounds
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt                                                    # noqa: E402
+
+plt.rcParams.update({"svg.hashsalt": "gls", "font.size": 9, "axes.spines.top": False,
+                     "axes.spines.right": False, "figure.constrained_layout.use": True,
+                     "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25})
+COLOR = {"box": "#0072b2", "crown-ibp": "#e69f00", "deeppoly": "#d55e00", "alpha-crown": "#cc79a7",
+         "sabr": "#009e73", "mtl-ibp": "#56b4e9"}      # Okabe and Ito: told apart by everybody
+NAME = {"box": "box (IBP)", "crown-ibp": "CROWN-IBP", "deeppoly": "DeepPoly",
+        "alpha-crown": "alpha-CROWN", "sabr": "SABR", "mtl-ibp": "MTL-IBP",
+        "grad": "plain gradient", "rgs": "RGS", "pgpe": "PGPE"}
+MARKER = {"grad": "o", "rgs": "s", "pgpe": "^"}
+GREYS = {0.0: "#d55e00", 0.05: "#b8b8b8", 0.15: "#777777", 0.4: "#000000"}
+
+
+def save(figure, name):
+    path = Path(__file__).parent / f"{name}.svg"
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    print(path)
+
+
+def smoothed(loss, theta, direction, ts, sigma, samples):
+    """Estimates of the smoothed loss at theta + t direction, with the same noise for all t: (T,).
+
+    sigma = 0: the loss itself. The same noise for all t makes the curve as smooth as an average of
+    so many losses can be: a jump of the loss is left as jumps of 1/samples of its height.
+    """
+    points = theta + torch.as_tensor(ts, dtype=theta.dtype)[:, None] * direction
+    if sigma == 0:
+        with torch.no_grad():
+            return torch.cat([loss(p) for p in points.split(64)]).numpy()
+    values = [gls.smoothed_loss(loss, p, sigma, samples, torch.Generator().manual_seed(0),
+                                chunk=64)[0] for p in points]
+    return torch.stack(values).numpy()
+
+
+# -------------------------------------------------------------------------- 1: a loss that jumps
+
+def jumping_network():
+    """Two hidden neurons, one input x in [0, 1]; margin = relu(z + b) - 2 relu(z) + 1, z = 2x - 1.
+
+    DeepPoly's lower line of the first ReLU has the slope 0 if u <= -l, else 1; with l = b - 1 and
+    u = b + 1 it flips at b = 0. The upper line of the second is x. So the margin is bounded by the
+    minimum of -2x + 1, which is -1, for b <= 0, and by that of (z + b) - 2x + 1 = b for b > 0.
+    """
+    net = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 2))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[2.0], [2.0]]))
+        net[0].bias.copy_(torch.tensor([-1.0, -1.0]))
+        net[2].weight.copy_(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
+        net[2].bias.copy_(torch.tensor([1.0, 0.0]))
+    return net
+
+
+def figure_1():
+    net, x, y = jumping_network(), torch.tensor([[0.5]]), torch.tensor([0])
+    theta = nn.utils.parameters_to_vector(net.parameters()).detach()
+    b = 2                                            # theta: the two weights first, then biases
+    fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.9), sharey=True)
+    ts = np.linspace(-0.999, 0.999, 400)
+    for ax, relax in zip(axes, ("deeppoly", "box")):
+        full = train.robust_loss(net, x, y, 0.5, relax)
+        one = lambda biases: full(theta.repeat(len(biases), 1).index_copy(
+            1, torch.tensor([b]), biases - 1))
+        for sigma, color in GREYS.items():
+            values = smoothed(one, torch.zeros(1), torch.ones(1), ts, sigma, 4000)
+            if sigma == 0:                           # a line across the jump would hide it
+                values[1:][np.abs(np.diff(values)) > 0.1] = np.nan
+            ax.plot(ts, values, color=color, lw=2.2 if sigma == 0 else 1.4,
+                    label="the loss itself" if sigma == 0 else f"smoothed, sigma = {sigma:g}")
+        ax.set(title=NAME[relax], xlabel="bias b of the first neuron")
+    axes[0].set_ylabel("worst-case cross-entropy (bound)")
+    axes[0].legend()
+    save(fig, "1-jump")
+
+
+# ------------------------------------------------------ 2: the loss of a real network on one line
+
+def trained(relax="deeppoly", opt="grad", seed=0, **other):
+    """(network, minibatch x, y): a cell of the digits table, trained again if it is not there."""
+    chosen = {**experiments.tuned("digits")[relax, opt], **other}
+    words = experiments.command(experiments.TABLES["digits"], (relax, opt), seed, chosen)
+    folder = experiments.train_cell(words, str(experiments.ROOT / "data"))
+    data = train.load_dataset("digits")
+    return train.load_run(folder)[0], data.x_train[:128], data.y_train[:128]
+
+
+def loss_of(net, x, y, relax):
+    return train.robust_loss(net, x, y, experiments.TABLES["digits"]["eps"], relax,
+                             skip_stable=train.COMMON["skip_stable"])
+
+
+def figure_2():
+    net, x, y = trained()
+    theta = nn.utils.parameters_to_vector(net.parameters()).detach()
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.9))
+    for ax, relax in zip(axes, ("box", "crown-ibp", "deeppoly")):
+        loss = loss_of(net, x, y, relax)
+        _, grad, _ = gls.gradient(loss, theta)
+        down = -grad / grad.norm()
+        ts = np.linspace(-0.3, 0.6, 900)
+        ax.plot(ts, smoothed(loss, theta, down, ts, 0, 1), color=COLOR[relax], lw=0.9,
+                label="the loss itself")
+        few = np.linspace(-0.3, 0.6, 46)
+        for sigma, style in ((0.01, "--"), (0.03, "-")):
+            ax.plot(few, smoothed(loss, theta, down, few, sigma, 64), style, color="black", lw=1.1,
+                    label=f"smoothed, sigma = {sigma:g}")
+        ax.axvline(0, color="grey", lw=0.6)
+        ax.set(title=NAME[relax], xlabel="step along the negative gradient")
+    axes[0].set_ylabel("robust loss, 128 training digits")
+    axes[0].legend()
+    save(fig, "2-line")
+
+
+# ------------------------------------------------------------------- 3: PGPE and RGS on a step
+
+def figure_3():
+    sigma, ts = 0.5, np.linspace(-2, 2, 21)
+    step = lambda thetas: (thetas[:, 0] > 0).to(thetas.dtype)
+    draws = {"pgpe": lambda t, g: gls.pgpe(step, t, sigma, 32, g, adapt=False)[1],
+             "rgs": lambda t, g: gls.rgs(step, t, sigma, 64, g, antithetic=True)[1]}
+    fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.9))
+    fine, normal = np.linspace(-2, 2, 400), torch.distributions.Normal(0, 1)
+    z = torch.tensor(fine / sigma)
+    axes[0].plot(fine, fine > 0, color=COLOR["deeppoly"], lw=2, label="loss")
+    axes[0].plot(fine, normal.cdf(z), color="black", label=f"smoothed, sigma = {sigma:g}")
+    axes[0].set(xlabel="theta", ylabel="loss", title="a step", ylim=(-0.1, 1.4))
+    axes[0].legend(loc="upper left")
+    axes[1].plot(fine, normal.log_prob(z).exp() / sigma, color="black",
+                 label="gradient of the smoothed loss")
+    for opt, draw in draws.items():
+        g = torch.Generator().manual_seed(0)
+        estimates = np.array([[draw(torch.tensor([t], dtype=torch.float32), g).item()
+                               for _ in range(50)] for t in ts])
+        axes[1].errorbar(ts, estimates.mean(1), estimates.std(1), fmt=MARKER[opt], ms=4, lw=1,
+                         color=COLOR["box"] if opt == "pgpe" else COLOR["crown-ibp"],
+                         label=f"{NAME[opt]}, 64 evaluations: mean and spread")
+    axes[1].set(xlabel="theta", ylabel="slope", title="what the estimators see", ylim=(-0.1, 1.3))
+    axes[1].legend(fontsize=7, loc="upper left")
+    save(fig, "3-step")
+
+
+# ----------------------------------------------------------------- 4, 5, 6: from the results
+
+def cells(**where):
+    """Finished cells of the digits with these settings or fields."""
+    return [c for c in experiments.read("digits") if "failed" not in c and all(
+        c.get(k, c["settings"].get(k)) == v for k, v in where.items())]
+
+
+def table_cells(relax, opt):
+    """The cells of the table itself: with the tuned settings."""
+    best = experiments.tuned("digits").get((relax, opt))
+    return best and [c for c in cells(relax=relax, opt=opt) if c["settings"] == best]
+
+
+def statistics(found):
+    """Mean and standard deviation of the certified accuracy, in percent."""
+    values = [100 * c["certified"] / c["n"] for c in found]
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def figure_4():
+    table, best = experiments.TABLES["digits"], experiments.tuned("digits")
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    for ax, (option, (values, methods)) in zip(axes, table["sweeps"].items()):
+        for relax, opt in methods:
+            rest = {k: v for k, v in best[relax, opt].items() if k != option}
+            points = []
+            for value in values:
+                found = [c for c in cells(relax=relax, opt=opt)
+                         if c["settings"] == {**rest, option: value}]
+                points += [(value, *statistics(found))] if found else []
+            ax.errorbar(*zip(*points), fmt=MARKER[opt] + ("-" if opt == "rgs" else "--"),
+                        color=COLOR[relax], capsize=2, label=f"{NAME[relax]}, {NAME[opt]}")
+            ax.axhline(statistics(table_cells(relax, "grad"))[0], color=COLOR[relax], lw=0.6,
+                       ls=":")
+        ax.set_xscale("log", base=10 if option == "sigma" else 2)
+        ax.set(xlabel={"sigma": "sigma, standard deviation of the weight noise",
+                       "samples": "evaluations per step"}[option])
+        ax.legend(fontsize=7)
+    axes[0].set_ylabel("certified test digits, % (dotted: plain gradient)")
+    save(fig, "4-sweeps")
+
+
+def certified_radius(net, x, y, relax, steps=12):
+    """Mean over correct images of the largest radius that relax certifies, by bisection."""
+    right = train.forward_margin(net, x, y) > 0
+    x, y = x[right], y[right]
+    low, high = torch.zeros(len(x)), torch.full((len(x),), 0.5)
+    for _ in range(steps):
+        middle = (low + high) / 2
+        with torch.no_grad():
+            margins = margin_lower_bounds(net, x, y, middle[:, None, None, None], relax,
+                                          **train.CERTIFY.get(relax, {}))
+        proved = train.smallest(margins, y) > 0
+        low, high = torch.where(proved, middle, low), torch.where(proved, high, middle)
+    return low.mean().item()
+
+
+def figure_5():
+    """Tightness is measured where no bound has trained: on networks trained against an attack."""
+    x, y = train.load_dataset("digits")[2:4]
+    radii = {relax: [certified_radius(trained("mtl-ibp", "grad", seed, alpha=0.0)[0], x, y, relax)
+                     for seed in range(3)] for relax in ("box", "crown-ibp", "deeppoly",
+                                                         "alpha-crown")}
+    fig, ax = plt.subplots(figsize=(6, 3.4))
+    for opt in ("grad", "rgs", "pgpe"):
+        points = [(mean(radii[relax]), *statistics(table_cells(relax, opt))) for relax in radii
+                  if table_cells(relax, opt)]
+        ax.errorbar(*zip(*points), fmt=f"{MARKER[opt]}-", capsize=2, label=NAME[opt])
+    for relax, values in radii.items():
+        ax.annotate(NAME[relax], (mean(values), 1), xycoords=("data", "axes fraction"),
+                    ha="center", fontsize=7)
+    ax.set(xlabel="tightness: mean radius it certifies, networks trained against an attack",
+           ylabel="certified test digits, %")
+    ax.legend()
+    save(fig, "5-paradox")
+
+
+def figure_6():
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.9), sharey=True)
+    for ax, opt in zip(axes, ("grad", "rgs", "pgpe")):
+        for relax in ("box", "crown-ibp", "deeppoly"):
+            curves = np.array([c["curve"]["certified"] for c in table_cells(relax, opt)]) * 100
+            epochs = np.arange(1, curves.shape[1] + 1)
+            ax.plot(epochs, curves.mean(0), color=COLOR[relax], label=NAME[relax])
+            ax.fill_between(epochs, curves.min(0), curves.max(0), color=COLOR[relax], alpha=0.2,
+                            lw=0)
+        ax.axvline(experiments.TABLES["digits"]["common"]["ramp"], color="grey", lw=0.8, ls=":")
+        ax.set(title=NAME[opt], xlabel="epoch (eps is full from the dotted line on)")
+    axes[0].set_ylabel("certified in training, % (by its bound)")
+    axes[0].legend()
+    save(fig, "6-training")
+
+
+# --------------------------------------------------------------------- 7: the surface, measured
+
+def roughness(values):
+    """(largest jump, standard deviation of the slope, deviation from convexity) on a grid.
+
+    A jump is what a difference of neighbours exceeds both differences beside it by; the slope is
+    that of neighbours; the deviation is the largest distance to the convex envelope.
+    """
+    steps = np.diff(values)
+    beside = np.maximum(np.abs(steps[:-2]), np.abs(steps[2:]))
+    jump = np.maximum(np.abs(steps[1:-1]) - beside, 0).max()
+    hull = []
+    for p in enumerate(values):                      # lower hull of the points, left to right
+        while len(hull) > 1 and ((hull[-1][1] - hull[-2][1]) * (p[0] - hull[-1][0])
+                                 >= (p[1] - hull[-1][1]) * (hull[-1][0] - hull[-2][0])):
+            hull.pop()
+        hull.append(p)
+    envelope = np.interp(np.arange(len(values)), *zip(*hull))
+    return jump, steps.std(), (values - envelope).max()
+
+
+def figure_7(lines=6, points=121, samples=32, reach=0.1):
+    """Lines through weights trained by DeepPoly, in random directions; each weight moves by about
+    reach at the ends."""
+    net, x, y = trained()
+    theta = nn.utils.parameters_to_vector(net.parameters()).detach()
+    ts, generator = np.linspace(-reach, reach, points), torch.Generator().manual_seed(0)
+    directions = torch.randn(lines, len(theta), generator=generator)
+    sigmas, titles = (0.0, 0.003, 0.01, 0.03), ("largest jump", "standard deviation of the slope",
+                                                "deviation from convexity")
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.9))
+    for i, relax in enumerate(("box", "crown-ibp", "deeppoly")):
+        loss = loss_of(net, x, y, relax)
+        for k, sigma in enumerate(sigmas):
+            rough = np.array([roughness(smoothed(loss, theta, d, ts, sigma, samples))
+                              for d in directions]) / [1, 2 * reach / (points - 1), 1]
+            for ax, column in zip(axes, rough.T):
+                ax.errorbar(k + 0.2 * (i - 1), column.mean(), column.std() / lines ** 0.5, fmt="o",
+                            color=COLOR[relax], capsize=2, label=NAME[relax] if not k else None)
+            print(f"{relax} sigma {sigma:g}: " + "  ".join(
+                f"{t} {m:.4g}" for t, m in zip(titles, rough.mean(0))), flush=True)
+    for ax, title in zip(axes, titles):
+        ax.set(title=title, xlabel="sigma of the smoothing", yscale="log")
+        ax.set_xticks(range(len(sigmas)), [f"{s:g}" if s else "none" for s in sigmas])
+    axes[0].legend()
+    save(fig, "7-surface")
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser()
+    p.add_argument("which", nargs="*", type=int)
+    figures = (figure_1, figure_2, figure_3, figure_4, figure_5, figure_6, figure_7)
+    for n in p.parse_args().which or range(1, 8):
+        figures[n - 1]()
