@@ -39,6 +39,7 @@ import json
 import math
 import sys
 import time
+import zlib
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -52,8 +53,8 @@ from torch.func import jacrev
 from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, pinned_forward,
                          preactivation_bounds, read_network, subdomain_bounds)
 from train import (CERTIFY, CLOSE, InputError, Parser, Progress, attack, ball, certified_margin,
-                   count, duration, forward_margin, hold_out, in_float64, load_dataset, load_run,
-                   number, pick_device, run, smallest)
+                   claim, count, duration, forward_margin, hold_out, in_float64, load_dataset,
+                   load_run, number, pick_device, run, smallest)
 
 STATUSES = ("misclassified", "attacked", "certified", "unknown")
 STAGES = (*RELAXATIONS, "branch-and-bound")
@@ -551,32 +552,44 @@ def newest_run(root="runs"):
     return runs[-1].parent
 
 
+def sealed(row):
+    """A line of JSON with a checksum of the rest of it."""
+    return json.dumps(row | {"crc": zlib.crc32(json.dumps(row).encode())})
+
+
+def unsealed(line):
+    """The row of such a line; raises ValueError, KeyError or TypeError if it was damaged."""
+    row = json.loads(line)
+    if row.pop("crc") != zlib.crc32(json.dumps(row).encode()):
+        raise ValueError("wrong checksum")
+    return row
+
+
 def open_log(path, header):
     """Verdicts that path already holds {index: Verdict}, and the file to append to.
 
     The first line of the file is its settings. A file of other settings is never touched; a last
     line that an interrupt cut short is dropped.
     """
-    known = {}
-    if path.exists():
+    known, file = {}, open(path, "a")
+    claim(file, path)
+    if path.stat().st_size:
         lines = path.read_bytes().split(b"\n")[:-1]            # what ends in a newline is complete
         try:
-            rows = [json.loads(line) for line in lines]
-            same = bool(rows) and rows[0] == header
-            for r in rows[1:] if same else []:
+            same = bool(lines) and unsealed(lines[0]) == header
+            for r in map(unsealed, lines[1:] if same else []):
                 bound = -math.inf if r["bound"] is None else r["bound"]
                 known[r["index"]] = Verdict(r["status"], r["stage"], bound, r["seconds"],
                                             seconds_by_stage=r["seconds_by_stage"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             same = False
         if lines and not same:
-            raise InputError(f"{path} holds other results; choose another file with --out, or "
-                             "delete it")
+            raise InputError(f"{path} holds other results, or is damaged; choose another file with "
+                             "--out, or delete it")
         with open(path, "r+b") as f:
             f.truncate(sum(len(line) + 1 for line in lines))
-    file = open(path, "a")
     if not path.stat().st_size:
-        print(json.dumps(header), file=file, flush=True)
+        print(sealed(header), file=file, flush=True)
     return known, file
 
 
@@ -604,7 +617,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     folder = Path(args.run) if args.run else newest_run()
-    net, config = load_run(folder)
+    net, config, _ = load_run(folder)
     data = hold_out(load_dataset(config["dataset"], args.data_dir or config["data_dir"]),
                     config["validation"])
     if list(data.x_test.shape[1:]) != config["input_shape"] or data.classes != config["classes"]:
@@ -639,7 +652,7 @@ def main(argv=None):
             row["counterexample"] = f"{points.name}/{i}.npy"
             points.mkdir(exist_ok=True)
             np.save(points / f"{i}.npy", v.counterexample.cpu().numpy())
-        print(json.dumps(row), file=file, flush=True)
+        print(sealed(row), file=file, flush=True)
         counts, done = Counter(v.status for v in known.values()), len(known) - n + len(todo)
         left = (time.time() - begun) / done * (len(todo) - done)
         show(f"{len(known)}/{n}  " + "  ".join(f"{counts[s]} {s}" for s in STATUSES)

@@ -3,15 +3,21 @@
 Oracles are independent of the code under test: hand-computed numbers, brute force, closed forms,
 finite differences, or slow_bounds below, a DeepPoly that anybody can check line by line.
 """
+import errno
 import gzip
 import hashlib
 import http.server
 import io
 import json
 import math
+import os
 import re
+import resource
+import signal
 import tarfile
 import threading
+import time
+import zipfile
 from copy import deepcopy
 from pathlib import Path
 
@@ -1241,7 +1247,7 @@ def test_training_lowers_the_loss_and_certifies(tmp_path):
     run = tmp_path / "run"
     assert command(train.main, "--out", run, "--epochs", 6, "--subset", 600, "--eps", 0.03,
                    "--test-subset", 100) == 0
-    net, config = train.load_run(run)
+    net, config, _ = train.load_run(run)
     data = train.load_dataset("digits")
     low = train.certified_margin(net, data.x_test[:100], data.y_test[:100], 0.03, "deeppoly")
     assert (low > 0).float().mean() > 0.4                              # of 10 classes
@@ -1266,7 +1272,7 @@ def test_sigma_adapts_and_cnn7_and_own_data_train(tmp_path):
                    "--kappa", 0.5, "--l1", 1e-6, "--out", tmp_path / "run") == 0
     rows = (tmp_path / "run/log.csv").read_text().splitlines()
     assert float(rows[-1].split(",")[3]) != 0.01
-    net, _ = train.load_run(tmp_path / "run")
+    net, *_ = train.load_run(tmp_path / "run")
     assert net[1].running_mean.abs().max() > 0                         # BatchNorm has seen data
     assert command(certify.main, tmp_path / "run", "--restarts", 0,
                    "--stages", "box") == 0
@@ -1602,7 +1608,7 @@ def test_a_certified_and_attacked_sample_aborts(tmp_path, monkeypatch, capsys):
     assert "a bound is unsound" in error
     witness = np.load(re.search(r"counterexample is in (\S+)", error)[1])
     assert witness.shape == (1, 8, 8)
-    net, _ = train.load_run(run)
+    net, *_ = train.load_run(run)
     data = train.load_dataset("digits")
     with pytest.raises(AssertionError, match="both certified and attacked"):
         train.evaluate(net, data.x_test[:60], data.y_test[:60], 0.5)
@@ -1617,7 +1623,7 @@ def test_certify_saves_what_it_finds_and_continues_where_it_stopped(tmp_path, ca
     printed = capsys.readouterr().out
     assert " 0 unknown = 60 samples" in printed and "branch-and-bound" in printed
     path = next(run.glob("*.jsonl"))
-    (net, _), data = train.load_run(run), train.load_dataset("digits")
+    (net, *_), data = train.load_run(run), train.load_dataset("digits")
     attacked = 0
     for row in map(json.loads, path.read_text().splitlines()[1:]):
         assert abs(sum(row["seconds_by_stage"].values()) - row["seconds"]) < 1e-9
@@ -1627,7 +1633,7 @@ def test_certify_saves_what_it_finds_and_continues_where_it_stopped(tmp_path, ca
             assert (point.double() - data.x_test[i].double()).abs().max() <= 0.07
             assert net.double()(point[None].double()).argmax() != data.y_test[i]
     assert attacked > 10
-    times = ("seconds", "seconds_by_stage")
+    times = ("seconds", "seconds_by_stage", "crc")
     strip = lambda: sorted(({k: v for k, v in json.loads(l).items() if k not in times} for l in
                             path.read_text().splitlines()), key=lambda r: r.get("index", -1))
     whole, text = strip(), path.read_bytes()
@@ -1701,5 +1707,286 @@ def test_run_folders_and_checkpoints_that_do_not_fit(tmp_path, capsys, monkeypat
 def test_a_loss_that_explodes_stops_the_run(tmp_path, capsys):
     code = command(train.main, "--relax", "box", "--opt", "grad", "--lr", "1e30",
                    "--out", tmp_path / "run", *QUICK)
-    assert code == 1 and "try a smaller --lr" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert code == 1 and "Try a smaller --lr" in err
+    assert re.search(r"epoch 1, batch \d, eps 0.1: .*the bounds before layer 3 \(ReLU\(\)\)", err)
     assert train.load_run(tmp_path / "run")                            # the one before it is whole
+
+
+# --------------------------------------------------------------------- runs that stop and go on
+
+RUNS = {   # what a run may have beside weights: sigmas, running statistics, augmentation
+    "rgs": "--net small --epochs 3 --subset 300 --test-subset 5 --ramp 2 --milestones 1 2",
+    "pgpe": "--net small --opt pgpe --samples 4 --sigma-adapt parameter --epochs 2 --subset 200 "
+            "--test-subset 5 --milestones 1",
+    "batchnorm": "--dataset own.npz --net cnn7 --relax box --opt grad --epochs 3 --batch-size 4",
+    "augmented": "--dataset cifar10 --data-dir . --net small --relax sabr --epochs 2 "
+                 "--batch-size 4"}
+
+
+def weights(run):
+    return train.load_run(run)[0].state_dict()
+
+
+def stop_at(monkeypatch, steps, number):
+    """Send this process a signal in the middle of each of these steps, counted over all runs."""
+    take_step, count = train.take_step, [0]
+    def step(*args):
+        count[0] += 1
+        if count[0] in steps:
+            os.kill(os.getpid(), number)
+        return take_step(*args)
+    monkeypatch.setattr(train, "take_step", step)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_that_stops_and_goes_on_ends_with_the_same_weights(
+        tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    npz("own.npz")
+    fake_cifar(tmp_path, zipped=True)
+    assert command(train.main, *RUNS[kind].split(), "--out", "whole") == 0
+    with monkeypatch.context() as m:
+        stop_at(m, (2, 4, 5), signal.SIGTERM)
+        assert command(train.main, *RUNS[kind].split(), "--out", "run") == 128 + signal.SIGTERM
+        err = capsys.readouterr().err
+        assert "python train.py --resume run goes on after epoch 1, batch 2" in err
+        assert command(train.main, "--resume", "run") == 143 == command(
+            train.main, "--resume", "run")
+    assert any(not torch.equal(t, weights("whole")[k]) for k, t in weights("run").items())
+    assert command(train.main, "--resume", "run") == 0
+    for k, t in weights("run").items():
+        assert torch.equal(t, weights("whole")[k]), k
+    logs = [[line.split(",")[:7] for line in Path(run, "log.csv").read_text().splitlines()]
+            for run in ("whole", "run")]
+    assert logs[0] == logs[1] and len(logs[0]) > 2                     # all but the times
+    before = Path("run/checkpoint.pt").read_bytes()
+    assert command(train.main, "--resume", "run") == 0                 # nothing left to do
+    assert Path("run/checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills children")
+def test_fifty_kills_at_random_times_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
+    run = "--net mlp --relax box --opt rgs --epochs 40 --subset 640 --ramp 20 --test-subset 5"
+    assert command(train.main, *run.split(), "--out", "whole") == 0
+    with monkeypatch.context() as m:
+        stop_at(m, (1,), signal.SIGINT)
+        assert command(train.main, *run.split(), "--out", "run") == 130
+    random, kills = np.random.default_rng(0), 0
+    while kills < 50:
+        child = os.fork()
+        if child == 0:
+            os._exit(command(train.main, "--resume", "run"))
+        time.sleep(random.uniform(0.0, 0.06))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        assert train.load_run("run")[2]["done"] > 0                    # always whole
+    assert command(train.main, "--resume", "run") == 0
+    assert all(torch.equal(t, weights("whole")[k]) for k, t in weights("run").items())
+
+
+def test_a_second_interrupt_ends_at_once_and_handlers_are_restored():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), train.requests_to_stop() as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    run, fsync, count = tmp_path / "run", os.fsync, [0]
+    def full(handle):
+        count[0] += 1
+        if count[0] > 4:           # config, checkpoint at the start; log and checkpoint of epoch 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+    monkeypatch.setattr(os, "fsync", full)
+    quick = ["--epochs", 3, *QUICK[2:]]
+    assert command(train.main, "--out", run, *quick) == 2
+    err = capsys.readouterr().err
+    assert "No space left on device" in err and err.count("\n") == 1
+    assert train.load_run(run)[2]["done"] == 3 and {p.name for p in run.iterdir()} == {
+        "config.json", "log.csv", "checkpoint.pt"}
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    assert command(train.main, "--resume", run) == 0
+
+
+def test_one_process_for_each_run_and_only_on_its_own_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    npz("own.npz")
+    own = "--dataset own.npz --net mlp --relax box --opt grad --epochs 1"
+    assert command(train.main, *own.split(), "--out", "run") == 0
+    with train.locked("run"):
+        assert command(train.main, "--resume", "run") == 2
+        assert "run is in use by another process" in capsys.readouterr().err
+    assert command(certify.main, "run", "--stages", "box") == 0
+    with open(next(Path("run").glob("*.jsonl"))) as file:
+        train.claim(file, "")
+        assert command(certify.main, "run", "--stages", "box") == 2
+    assert "in use" in capsys.readouterr().err
+    npz("own.npz", y_train=(np.arange(12) + 1) % 4)
+    for args, words in (([], "was trained on other images"), (["--lr", "1"], "leave out --lr")):
+        assert command(train.main, "--resume", "run", *args) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+    assert command(train.main, "--resume", "nowhere") == 2
+    saved = torch.load("run/checkpoint.pt", weights_only=True)
+    npz("own.npz")
+    for damage in ({"training": {"done": 0}}, {"training": saved["training"] | {"noise": 3}},
+                   {"config": saved["config"] | {"input_shape": [3, 10 ** 6, 10 ** 6]}},
+                   {"state": {k: t.double() for k, t in saved["state"].items()}}):
+        torch.save(saved | damage, "run/checkpoint.pt")
+        assert command(train.main, "--resume", "run") == 2, damage.keys()
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------- hostile files
+
+def mutations(content, count, seed=0):
+    """Copies of content: cut, with bits flipped, parts overwritten, repeated, removed, zeroed."""
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        a, b = sorted(random.integers(0, len(content), 2).tolist())
+        b = min(b, a + 64) if i % 2 else b
+        kind = i % 7
+        if kind == 0:
+            yield content[:a]
+        elif kind in (1, 2):
+            damaged = bytearray(content)
+            for _ in range(kind):
+                damaged[random.integers(len(content))] ^= 1 << int(random.integers(8))
+            yield bytes(damaged)
+        elif kind == 3:
+            yield content[:a] + random.bytes(b - a) + content[b:]
+        elif kind == 4:
+            yield content[:b] + content[a:]
+        elif kind == 5:
+            yield content[:a] + content[b:]
+        else:
+            yield content[:a] + bytes(b - a) + content[b:]
+
+
+def fuzz(path, load, check, count=2000):
+    """Every mutation of the file is refused with InputError, or passes check."""
+    content, refused = path.read_bytes(), 0
+    for damaged in mutations(content, count):
+        path.write_bytes(damaged)
+        try:
+            result = load()
+        except train.InputError as e:
+            assert str(path.name) in str(e) or path.name.split(".")[0] in str(e)
+            refused += 1
+        else:
+            check(result, damaged)
+    path.write_bytes(content)
+    assert refused > 0.4 * count
+
+
+def same_as(good):
+    def check(result, damaged):
+        for a, b in zip(result, good, strict=True):
+            assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+    return check
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_fuzzed_mnist(tmp_path, zipped):
+    fake_mnist(tmp_path, zipped)
+    load = lambda: train.load_dataset("mnist", tmp_path)
+    def plausible(data, _):                      # raw pixels have no checksum: any are as good
+        assert data.x_test.shape == (10, 1, 28, 28) and len(data.x_train) == len(data.y_train) == 20
+    for name in ("t10k-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        fuzz(tmp_path / (name + ".gz" * zipped), load, same_as(load()) if zipped else plausible,
+             count=1000)
+
+
+def test_fuzzed_cifar(tmp_path):
+    fake_cifar(tmp_path, zipped=True, n=1)
+    load = lambda: train.load_dataset("cifar10", tmp_path)
+    archive, good = tmp_path / train.CIFAR_FILE, load()
+    fuzz(archive, load, same_as(good))
+    tar, plain = gzip.decompress(archive.read_bytes()), tmp_path / "cifar-10-binary.tar"
+    plain.write_bytes(tar)
+    def zipped_again():                          # behind a right checksum of gzip
+        archive.write_bytes(gzip.compress(plain.read_bytes(), 1))
+        return load()
+    def plausible(data, _):
+        assert data.x_train.shape[1:] == (3, 32, 32) and len(data.x_test) == len(data.y_test)
+    fuzz(plain, zipped_again, plausible, count=1000)
+
+
+def test_fuzzed_npz(tmp_path):
+    npz(tmp_path / "own.npz")
+    load = lambda: train.load_dataset(str(tmp_path / "own.npz"))
+    fuzz(tmp_path / "own.npz", load, same_as(load()))
+
+
+def test_fuzzed_checkpoint(tmp_path):
+    assert command(train.main, "--net", "mlp", "--dataset", npz(tmp_path / "o.npz") and tmp_path
+                   / "o.npz", "--relax", "box", "--epochs", 1, "--out", tmp_path / "run") == 0
+    good = weights(tmp_path / "run")
+    def check(result, _):
+        net, config, training = result
+        assert all(torch.equal(t, good[k]) for k, t in net.state_dict().items())
+        assert training["done"] == 1 and config["relax"] == "box"
+    fuzz(tmp_path / "run/checkpoint.pt", lambda: train.load_run(tmp_path / "run"), check)
+
+
+def test_fuzzed_verdicts(tmp_path):
+    path, header = tmp_path / "certify.jsonl", dict(run="r", eps=0.1)
+    known, file = certify.open_log(path, header)
+    rows = [dict(index=i, status="certified", stage="box", bound=i / 7, seconds=0.25,
+                 seconds_by_stage={"box": 0.25}) for i in range(20)]
+    with file:
+        for row in rows:
+            print(certify.sealed(row), file=file)
+    def load():
+        known, file = certify.open_log(path, header)
+        file.close()
+        return known
+    def check(known, _):
+        assert all((v.status, v.bound) == ("certified", i / 7) for i, v in known.items())
+        assert set(known) <= set(range(20))
+    assert len(load()) == 20
+    fuzz(path, load, check)
+    path.write_text("[" * 10 ** 5 + "\n")
+    with pytest.raises(train.InputError, match="damaged"):
+        load()
+
+
+def test_bombs_and_foreign_paths(tmp_path):
+    """Small files that unpack to 4 GB, or that ask to be written elsewhere."""
+    zeros = bytes(2 ** 24)
+    bomb = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive, \
+            archive.open("x_train.npy", "w", force_zip64=True) as entry:
+        for _ in range(2 ** 32 // len(zeros)):
+            entry.write(zeros)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint.pt").write_bytes(bomb.read_bytes())
+    tar = tmp_path / "tar"
+    (tar / "MNIST/raw").mkdir(parents=True)
+    with gzip.open(tar / train.CIFAR_FILE, "wb", 1) as archive:
+        info = tarfile.TarInfo("../" * 5 + "test_batch.bin")
+        info.size = 2 ** 32
+        archive.write(info.tobuf())
+        for _ in range(2 ** 32 // len(zeros)):
+            archive.write(zeros)
+    with gzip.open(tar / "MNIST/raw/train-images-idx3-ubyte.gz", "wb", 1) as images:
+        images.write(np.array([0x803, 150_000, 28, 28], ">i4").tobytes())
+        for _ in range(2 ** 32 // len(zeros)):
+            images.write(zeros)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for load in (lambda: train.load_dataset(str(bomb)), lambda: train.load_run(run),
+                 lambda: train.load_dataset("cifar10", tar),
+                 lambda: train.load_dataset("mnist", tar)):
+        with pytest.raises(train.InputError):
+            load()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * 2 ** 20   # KiB
+    assert not (tmp_path.parent / "test_batch.bin").exists()

@@ -18,19 +18,27 @@ import csv
 import ctypes
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
+import signal
 import sys
 import tarfile
 import time
 import urllib.request
 import zipfile
 import zlib
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:      # not on Windows: there, nothing keeps two processes from one run folder
+    fcntl = None
 
 import numpy as np
 import torch
@@ -99,6 +107,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message names it and the mend."""
 
 
+class Interrupted(Exception):
+    """A signal asked to stop; everything is saved. args: its number, and how to go on."""
+
+
 # ------------------------------------------------------------------------------------------- data
 
 class Dataset(NamedTuple):
@@ -109,6 +121,8 @@ class Dataset(NamedTuple):
     y_test: torch.Tensor
     classes: int
 
+
+MAX_BYTES = 2 ** 30      # of anything unpacked or loaded: a small file may hide a very large one
 
 MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
                  "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -201,10 +215,10 @@ def _read_idx(path, file):
     head = 16 if images else 8
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            header = np.frombuffer(f.read(head), ">i4")
+            header = np.frombuffer(f.read(head).ljust(head, b"\0"), ">i4")   # too short: zeros
             sizes = header[1:].tolist()
-            if len(header) != head // 4 or header[0] != (0x803 if images else 0x801) \
-                    or not 0 < sizes[0] <= 10 ** 6 or sizes[1:] not in ([], [28, 28]):
+            if header[0] != (0x803 if images else 0x801) \
+                    or not 0 < sizes[0] <= 200_000 or sizes[1:] not in ([], [28, 28]):
                 raise InputError(f"{path}: not an MNIST {'image' if images else 'label'} file "
                                  f"(header {header.tolist()}); delete it, and it is downloaded "
                                  "again")
@@ -228,17 +242,18 @@ def _read_cifar(data_dir):
         for n in names:
             if not (folder / n).is_file():
                 raise InputError(f"{folder / n} is missing; unpack {CIFAR_FILE} again")
-            raw[n] = (folder / n).read_bytes()
+            raw[n] = _read_at_most(open(folder / n, "rb"), MAX_BYTES // 16, folder / n)
     else:
         if not archive.is_file():
             _download([m + CIFAR_FILE for m in CIFAR_MIRRORS], archive, CIFAR_MD5,
                       f"{CIFAR_FILE}, or its folder cifar-10-batches-bin, into {data_dir}")
         try:
-            with tarfile.open(archive, "r:gz") as tar:
-                for member in tar:
+            unpacked = _read_at_most(gzip.open(archive), MAX_BYTES // 4, archive)
+            with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as tar:
+                for member in tar:                                   # read, never unpacked to disk
                     n = os.path.basename(member.name)
-                    if n in names and member.isfile() and member.size <= 10 ** 8:
-                        raw[n] = tar.extractfile(member).read()      # read, never unpacked to disk
+                    if n in names and member.isfile():
+                        raw[n] = tar.extractfile(member).read()
         except (OSError, EOFError, tarfile.TarError, zlib.error) as e:
             raise InputError(f"{archive}: cannot be read ({e}); delete it, and it is "
                              "downloaded again") from None
@@ -253,9 +268,26 @@ def _read_cifar(data_dir):
     return parts
 
 
+def _read_at_most(file, limit, path):
+    with file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise InputError(f"{path}: holds more than {limit} bytes; that is not CIFAR-10")
+    return content
+
+
+def _check_zip(archive, path):
+    """Refuse an archive that would fill the memory."""
+    size = sum(e.file_size for e in archive.infolist())
+    if size > MAX_BYTES:
+        raise InputError(f"{path}: unpacks to {size} bytes, more than {MAX_BYTES}")
+
+
 def _read_npz(path):
     keys = ["x_train", "y_train", "x_test", "y_test"]
     try:
+        with zipfile.ZipFile(path) as archive:
+            _check_zip(archive, path)
         with np.load(path, allow_pickle=False) as file:
             missing = [k for k in keys if k not in file]
             if missing:
@@ -264,7 +296,8 @@ def _read_npz(path):
             return [file[k] for k in keys]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError) as e:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError,
+            NotImplementedError, RuntimeError, MemoryError, OverflowError) as e:
         raise InputError(f"{path}: not a readable .npz file ({e})") from None
     except ValueError as e:
         raise e if isinstance(e, InputError) else InputError(
@@ -634,23 +667,75 @@ def table(result):
 
 # --------------------------------------------------------------------------------------- run folder
 
-CHECKPOINT = 2   # version of the checkpoint's layout
+CHECKPOINT = 2           # version of the checkpoint's layout
+SAVE_EVERY = 60.0        # seconds, and after each epoch
 
 
-def save_checkpoint(folder, net, config):
-    """checkpoint.pt: {"format", "config", "state"}, tensors and numbers; written, then renamed."""
-    temporary = folder / "checkpoint.pt.part"
-    torch.save({"format": CHECKPOINT, "config": config, "state": net.state_dict()}, temporary)
-    os.replace(temporary, folder / "checkpoint.pt")
+def write_whole(path, content):
+    """Write bytes to path so that at any moment, even after a power cut, path is the old file or
+    the new one. Raises InputError if that fails; then it is the old one."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"{path} cannot be written ({e.strerror}); what it held before is "
+                         "untouched") from None
+
+
+def save_checkpoint(folder, net, config, training=None):
+    """checkpoint.pt: {"format", "config", "state", "training"}, tensors and plain values.
+
+    training: all that a step changes beside net, to continue (see train); None at the start.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": CHECKPOINT, "config": config, "state": net.state_dict(),
+                "training": training}, buffer)
+    write_whole(folder / "checkpoint.pt", buffer.getvalue())
+
+
+def claim(handle, path):
+    """Keep other processes from path, open as handle, until it is closed or this one ends."""
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path} is in use by another process") from None
+
+
+@contextmanager
+def locked(folder):
+    """Claim a run folder."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise InputError(f"{folder} cannot be opened ({e.strerror})") from None
+    try:
+        claim(handle, folder)
+        yield
+    finally:
+        os.close(handle)
 
 
 def load_run(folder):
-    """(net, config) of a run folder. Nothing in the file is executed. Raises InputError."""
+    """(net, config, training) of a run folder. Nothing in the file is executed; it is read only if
+    it holds no more than MAX_BYTES. Raises InputError."""
     path = Path(folder) / "checkpoint.pt"
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; train one with train.py --out {folder}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            _check_zip(archive, path)
+            if bad := archive.testzip():                       # torch.load does not look
+                raise InputError(f"{path}: its part {bad} is damaged (wrong checksum)")
         saved = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as e:       # torch.load raises many kinds for a damaged or foreign file
         raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}: "
                          f"{str(e).splitlines()[0][:80] if str(e) else ''}); train again") from None
@@ -658,12 +743,17 @@ def load_run(folder):
         raise InputError(f"{path}: not a checkpoint of this version of train.py; train again")
     try:
         c = saved["config"]
-        net = build_network(c["net"], c["input_shape"], c["classes"], c["init"], c["statistics"])
-        net.load_state_dict(saved["state"])
-    except (KeyError, TypeError, RuntimeError) as e:
+        with torch.device("meta"):                              # takes no memory, whatever the size
+            net = build_network(c["net"], c["input_shape"], c["classes"], c["init"],
+                                c["statistics"])
+        types = {k: t.dtype for k, t in net.state_dict().items()}
+        if types != {k: t.dtype for k, t in saved["state"].items()}:
+            raise ValueError("other layers, or other types")
+        net.load_state_dict(saved["state"], assign=True)
+        return net, c, saved["training"]
+    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as e:
         raise InputError(f"{path}: its weights and its config do not fit "
-                         f"({str(e).splitlines()[0]})") from None
-    return net, c
+                         f"({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
 
 
 def new_folder(out, name):
@@ -724,71 +814,161 @@ def adapt_sigma(sigma, grad, lr):
     return torch.clamp(sigma - lr * sigma ** 2 * grad, 0.8 * sigma, 1.2 * sigma)
 
 
-def train(net, x, y, config, device, folder, show=print):
+def lr_at(epoch, config):
+    """Learning rate in the epoch with this number, from 0."""
+    return math.prod([config["lr"], *(config["lr_decay"] for m in config["milestones"]
+                                      if m <= epoch)])
+
+
+def loss_of_step(net, x, y, eps, config, certified):
+    """robust_loss by the settings in config; what depends on the ramp goes by eps / eps_train."""
+    full = eps / config["eps_train"] if config["eps_train"] else 1.0
+    options = {k: config[k] for k in ("relax", "loss", "kappa", "l1", "skip_stable", "alpha", "lam",
+                                      "slope_steps")}
+    return robust_loss(net, x, y, eps, regularize=config["regularize"] * (1 - full),
+                       beta=1 + (config["beta"] - 1) * full, certified=certified, **options)
+
+
+def culprit(net, x, eps, config, grad):
+    """Where numbers stop being finite: a layer's bounds, else a parameter's gradient."""
+    relax = config["relax"] if config["relax"] in RELAXATIONS else "box"
+    with torch.no_grad():
+        bounds = preactivation_bounds(net, x, eps, relax, skip_stable=config["skip_stable"])
+    relus = [i for i, layer in enumerate(net) if isinstance(layer, nn.ReLU)]
+    for i, pair in zip(relus, bounds):
+        if not all(t.isfinite().all() for t in pair):
+            return f"the bounds before layer {i} ({net[i]}) are not finite"
+    for name, g in unflatten(grad[None], net).items():
+        if not g.isfinite().all():
+            return f"the gradient of layer {name} is not finite"
+    return "the bounds of the output, or a regulariser, are not finite"
+
+
+def take_step(net, theta, optimizer, sigma, x, y, eps, config, noise, where):
+    """One step of the optimiser: sigma after it, and (loss, certified, gradient norm) before it."""
+    certified = []
+    update_batchnorm(net, x)
+    loss = loss_of_step(net, x, y, eps, config, certified)
+    value, theta.grad, sigma_grad = estimate(loss, theta, sigma, config, noise)
+    norm = clip_grad_norm_([theta], config["clip"])
+    if not (value.isfinite() and norm.isfinite()):
+        raise FloatingPointError(
+            f"{where}, eps {eps:.4g}: the loss is {value:.4g}, the gradient's norm {norm:.4g}; "
+            f"{culprit(net, x, eps, config, theta.grad)}. Try a smaller --lr or a longer --ramp; "
+            "the last good checkpoint is kept")
+    optimizer.step()
+    if sigma_grad is not None:
+        sigma = adapt_sigma(sigma, sigma_grad, config["sigma_lr"])
+    return sigma, torch.stack([value, torch.stack(certified).mean(), norm])
+
+
+@contextmanager
+def requests_to_stop():
+    """A list that SIGINT and SIGTERM append to, instead of ending the process; the second ends it.
+    """
+    def note(number, _):
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    requests = []
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(net, x, y, config, device, folder, show=print, training=None):
     """Train net on images x and labels y, by the settings in config (see DEFAULTS, COMMON).
 
-    Writes log.csv and checkpoint.pt into folder and returns the rows of the log. Every random
-    number comes from two generators seeded with config["seed"]: one draws batches, one noise.
+    Writes log.csv and, after each epoch and every SAVE_EVERY seconds, checkpoint.pt into folder;
+    returns the rows of the log. Every random number comes from two generators seeded with
+    config["seed"]: one draws batches, one noise.  training: as load_run returns it with net, to
+    continue; the weights in the end are then, bit by bit, those of a run that never stopped.
+    Raises FloatingPointError where numbers cease to be finite, Interrupted after a signal.
     """
     batches = torch.Generator().manual_seed(config["seed"])
     noise = torch.Generator(device).manual_seed(config["seed"] + 1)
     theta = parameters_to_vector(net.parameters()).detach().clone()
     vector_to_parameters(theta, net.parameters())      # as views: net follows theta from here on
     optimizer = torch.optim.Adam([theta], lr=config["lr"])
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, config["milestones"],
-                                                    config["lr_decay"])
     sigma = torch.tensor(config["sigma"], device=device)
     if config["sigma_adapt"] == "parameter":
         sigma = torch.full_like(theta, config["sigma"])
-    steps = -(-len(x) // config["batch_size"])
-    start, rows = time.time(), []
-    with open(folder / "log.csv", "w", newline="") as file:
-        log = csv.DictWriter(file, LOG)
-        log.writeheader()
-        for epoch in range(config["epochs"]):
-            begun, totals = time.time(), torch.zeros(3, device=device)
-            lr = optimizer.param_groups[0]["lr"]
-            order = torch.randperm(len(x), generator=batches)
-            for step, index in enumerate(order.split(config["batch_size"])):
-                xb, yb = x[index].to(device), y[index].to(device)
-                if config["augment"]:
-                    xb = augment(xb, batches)
-                done = epoch * steps + step + 1
-                progress = done / (config["ramp"] * steps) if config["ramp"] else 1.0
-                eps = eps_at(progress, config["eps_train"])
-                certified = []
-                update_batchnorm(net, xb)
-                full = eps / config["eps_train"] if config["eps_train"] else 1.0   # 0 to 1
-                options = {k: config[k] for k in (
-                    "relax", "loss", "kappa", "l1", "skip_stable", "alpha", "lam", "slope_steps")}
-                loss = robust_loss(net, xb, yb, eps, regularize=config["regularize"] * (1 - full),
-                                   beta=1 + (config["beta"] - 1) * full, certified=certified,
-                                   **options)
-                value, theta.grad, sigma_grad = estimate(loss, theta, sigma, config, noise)
-                norm = clip_grad_norm_([theta], config["clip"])
-                if not (value.isfinite() and norm.isfinite()):
-                    raise FloatingPointError(
-                        f"epoch {epoch + 1}, batch {step + 1}: the loss is {value:.4g}, the "
-                        f"gradient's norm {norm:.4g} at eps {eps:.4g}; try a smaller --lr or a "
-                        f"longer --ramp. {folder / 'checkpoint.pt'} holds the last epoch")
-                optimizer.step()
-                if sigma_grad is not None:
-                    sigma = adapt_sigma(sigma, sigma_grad, config["sigma_lr"])
-                totals += torch.stack([value, torch.stack(certified).mean(), norm]) * len(index)
-                left = (time.time() - start) / done * (config["epochs"] * steps - done)
-                rate = (step + 1) * config["batch_size"] / (time.time() - begun)
-                show(f"epoch {epoch + 1}/{config['epochs']}  batch {step + 1}/{steps}  "
-                     f"eps {eps:.4f}  loss {value:.4f}  certified {100 * certified[-1]:.1f} %  "
-                     f"{rate:.0f} samples/s  {duration(left)} left")
-            schedule.step()
-            loss, certified, norm = (totals / len(x)).tolist()
-            rows.append(dict(epoch=epoch + 1, eps=eps, lr=lr, sigma=sigma.mean().item(), loss=loss,
-                             certified=certified, gradient=norm, seconds=time.time() - start,
-                             samples_per_s=len(x) / (time.time() - begun)))
-            log.writerow({k: f"{v:.6g}" for k, v in rows[-1].items()})
-            file.flush()
-            save_checkpoint(folder, net, config)
-    return rows
+    # What else a step changes. order: of the images in this epoch. totals: loss, certified and
+    # gradient of this epoch so far. began: when it began, in seconds of training.
+    now = dict(done=0, seconds=0.0, began=0.0, order=None, rows=[], sigma=sigma,
+               totals=torch.zeros(3, device=device))
+    if training:
+        try:
+            now = {k: training[k] for k in now}
+            now |= {k: now[k].to(device) for k in ("sigma", "totals")}
+            optimizer.load_state_dict(training["optimizer"])
+            batches.set_state(training["batches"])
+            noise.set_state(training["noise"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            raise InputError(f"{folder} cannot be continued: its checkpoint lacks, or has wrong, "
+                             f"{e}") from None
+    size, steps = config["batch_size"], -(-len(x) // config["batch_size"])
+    start = saved = time.time()
+    start -= now["seconds"]
+    with requests_to_stop() as requests:
+        while now["done"] < config["epochs"] * steps:
+            epoch, step = divmod(now["done"], steps)
+            if step == 0:
+                now |= dict(order=torch.randperm(len(x), generator=batches), began=now["seconds"],
+                            totals=torch.zeros(3, device=device))
+            optimizer.param_groups[0]["lr"] = lr_at(epoch, config)
+            index = now["order"][step * size:(step + 1) * size]
+            xb, yb = x[index].to(device), y[index].to(device)
+            if config["augment"]:
+                xb = augment(xb, batches)
+            now["done"] += 1
+            eps = eps_at(now["done"] / (config["ramp"] * steps) if config["ramp"] else 1.0,
+                         config["eps_train"])
+            now["sigma"], numbers = take_step(net, theta, optimizer, now["sigma"], xb, yb, eps,
+                                              config, noise, f"epoch {epoch + 1}, batch {step + 1}")
+            now["totals"] += numbers * len(index)
+            now["seconds"] = time.time() - start
+            report(show, now, epoch, step, steps, config, eps, numbers)
+            if step + 1 == steps:
+                now["rows"].append(log_row(now, epoch, eps, len(x), config))
+                write_log(folder, now["rows"])
+            if step + 1 == steps or requests or time.time() - saved > SAVE_EVERY:
+                save_checkpoint(folder, net, config, dict(
+                    now, optimizer=optimizer.state_dict(), batches=batches.get_state(),
+                    noise=noise.get_state()))
+                saved = time.time()
+            if requests:
+                raise Interrupted(requests[0], f"python train.py --resume {folder} goes on after "
+                                  f"epoch {epoch + 1}, batch {step + 1}")
+    return now["rows"]
+
+
+def report(show, now, epoch, step, steps, config, eps, numbers):
+    """One line of progress."""
+    left = now["seconds"] / now["done"] * (config["epochs"] * steps - now["done"])
+    rate = (step + 1) * config["batch_size"] / (now["seconds"] - now["began"])
+    show(f"epoch {epoch + 1}/{config['epochs']}  batch {step + 1}/{steps}  eps {eps:.4f}  "
+         f"loss {numbers[0]:.4f}  certified {100 * numbers[1]:.1f} %  {rate:.0f} samples/s  "
+         f"{duration(left)} left")
+
+
+def log_row(now, epoch, eps, n, config):
+    loss, certified, norm = (now["totals"] / n).tolist()
+    return dict(epoch=epoch + 1, eps=eps, lr=lr_at(epoch, config), sigma=now["sigma"].mean().item(),
+                loss=loss, certified=certified, gradient=norm, seconds=now["seconds"],
+                samples_per_s=n / (now["seconds"] - now["began"]))
+
+
+def write_log(folder, rows):
+    text = io.StringIO()
+    log = csv.DictWriter(text, LOG, lineterminator="\n")
+    log.writeheader()
+    log.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in rows)
+    write_whole(folder / "log.csv", text.getvalue().encode())
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -885,13 +1065,22 @@ def parse_config(argv):
                    help="deeppoly: back-substitute unstable neurons only")
     p.add_argument("--seed", type=count(0), default=0)
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    p.add_argument("--data-dir", default="data", help="where the data set is, or is downloaded to")
+    p.add_argument("--data-dir", help="where the data set is, or is downloaded to; default: data")
     p.add_argument("--subset", type=count(1), help="use only the first N training images")
     p.add_argument("--validation", type=count(0), default=COMMON["validation"],
                    help="hold out the last N training images and test on them, to tune settings")
     p.add_argument("--test-subset", type=count(1), help="evaluate on the first N test images only")
     p.add_argument("--out", help="the run folder; default: runs/DATASET-NET-RELAX-OPT")
+    p.add_argument("--resume", metavar="RUN", help="continue the run in this folder, from its last "
+                   "checkpoint, with its own settings; only --data-dir and --device may be given")
+    argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
+    if args.resume:
+        others = {a.split("=")[0] for a in argv if a.startswith("--")} - {
+            "--resume", "--data-dir", "--device"}
+        if others:
+            p.error(f"argument --resume: a run keeps its settings; leave out {', '.join(others)}")
+        return vars(args)
     kind = "npz" if args.dataset.endswith(".npz") else args.dataset
     if kind not in DEFAULTS:
         p.error(f"argument --dataset: {args.dataset!r} is none of digits, mnist, cifar10, "
@@ -902,6 +1091,7 @@ def parse_config(argv):
         config["ramp"] = round(DEFAULTS[kind]["ramp"] * scale)
         if args.milestones is None:
             config["milestones"] = [max(1, round(m * scale)) for m in DEFAULTS[kind]["milestones"]]
+    config["data_dir"] = config.get("data_dir", "data")
     config["eps_train"] = config["eps"] if args.eps_train is None else args.eps_train
     if config["opt"] == "grad":
         config["samples"] = 1
@@ -923,33 +1113,63 @@ def parse_config(argv):
     return config
 
 
-def main(argv=None):
-    config = parse_config(argv)
-    device = pick_device(config["device"])
-    data = hold_out(load_dataset(config["dataset"], config["data_dir"]), config["validation"])
-    x, y = (t[:config["subset"]] for t in (data.x_train, data.y_train))
-    x_test, y_test = (t[:config["test_subset"]].to(device) for t in (data.x_test, data.y_test))
+def start_run(config, data, device):
+    """A new run folder: (net, config)."""
     cifar = config["dataset"] == "cifar10"
-    config |= dict(input_shape=list(x.shape[1:]), classes=data.classes, augment=cifar,
-                   statistics=CIFAR_STATISTICS if cifar else None,
-                   milestones=list(config["milestones"]), device=str(device),
-                   threads=torch.get_num_threads(), torch=str(torch.__version__))
+    config = config | dict(
+        input_shape=list(data.x_train.shape[1:]), classes=data.classes, augment=cifar,
+        statistics=CIFAR_STATISTICS if cifar else None, milestones=list(config["milestones"]),
+        device=str(device), threads=torch.get_num_threads(), torch=str(torch.__version__),
+        fingerprint=fingerprint(data, config))
     torch.manual_seed(config["seed"])
-    net = build_network(config["net"], x.shape[1:], data.classes, config["init"],
+    net = build_network(config["net"], data.x_train.shape[1:], data.classes, config["init"],
                         config["statistics"])
     name = Path(config["dataset"]).stem
     folder = new_folder(config["out"], f"{name}-{config['net']}-{config['relax']}-{config['opt']}")
     config["out"] = str(folder)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    net.to(device)
-    print(f"{name}: {len(x)} training and {len(x_test)} test images {tuple(x.shape[1:])}, "
-          f"{data.classes} classes\n"
+    return net, config
+
+
+def fingerprint(data, config):
+    """A checksum of what is trained on: a run is continued on the same images only."""
+    return zlib.crc32(b"".join(t[:config["subset"]].numpy().tobytes()
+                               for t in (data.x_train, data.y_train)))
+
+
+def main(argv=None):
+    config = parse_config(argv)
+    device, folder = pick_device(config["device"]), config.pop("resume", None)
+    if folder is None:
+        data = hold_out(load_dataset(config["dataset"], config["data_dir"]), config["validation"])
+        net, config = start_run(config, data, device)
+        with locked(config["out"]):
+            write_whole(Path(config["out"], "config.json"),
+                        (json.dumps(config, indent=2) + "\n").encode())
+            save_checkpoint(Path(config["out"]), net, config)
+            train_and_show(net, config, None, data, device)
+    else:
+        with locked(folder):
+            net, saved, training = load_run(folder)
+            config = saved | dict(out=folder, data_dir=config["data_dir"] or saved["data_dir"])
+            data = load_dataset(config["dataset"], config["data_dir"])
+            data = hold_out(data, config["validation"])
+            if fingerprint(data, config) != config["fingerprint"]:
+                raise InputError(f"{folder} was trained on other images than {config['dataset']} "
+                                 f"has in {config['data_dir']}")
+            train_and_show(net, config, training, data, device)
+
+
+def train_and_show(net, config, training, data, device):
+    """Train, from the start or from where training was, and print the table of the test images."""
+    folder, net, show = Path(config["out"]), net.to(device), Progress()
+    x, y = (t[:config["subset"]] for t in (data.x_train, data.y_train))
+    x_test, y_test = (t[:config["test_subset"]].to(device) for t in (data.x_test, data.y_test))
+    print(f"{Path(config['dataset']).stem}: {len(x)} training and {len(x_test)} test images "
+          f"{tuple(x.shape[1:])}, {data.classes} classes\n"
           f"{config['net']}: {sum(p.numel() for p in net.parameters())} parameters; "
           f"{config['relax']} bounds, {config['opt']}; eps {config['eps_train']:.4g} in training, "
           f"{config['eps']:.4g} in the test; {device}")
-    show = Progress()
-    save_checkpoint(folder, net, config)
-    rows = train(net, x, y, config, device, folder, show)
+    rows = train(net, x, y, config, device, folder, show, training)
     if rows:
         last = rows[-1]
         show.done(f"trained {len(rows)} epochs in {duration(last['seconds'])}: loss "
@@ -990,6 +1210,10 @@ def run(main):
     except FloatingPointError as e:
         print(f"stopped: {e}", file=sys.stderr)
         sys.exit(1)
+    except Interrupted as e:
+        number, how = e.args
+        print(f"\ninterrupted and saved; {how}", file=sys.stderr)
+        sys.exit(128 + number)
     except KeyboardInterrupt:
         print("\ninterrupted; the run folder is complete up to the last epoch or verdict",
               file=sys.stderr)
