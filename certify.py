@@ -2,6 +2,7 @@
 
     python certify.py                        the newest run under runs/, on its whole test set
     python certify.py runs/NAME --samples 1000 --eps 0.1 --timeout 30
+    python certify.py --self-check           attack bounds and verdicts of random networks
 
 Or any supported network (see relaxations.py), in five lines of Python:
 
@@ -48,13 +49,15 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 from torch.func import jacrev
 
-from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, pinned_forward,
-                         preactivation_bounds, read_network, subdomain_bounds)
+from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
+                         pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
 from train import (CERTIFY, CLOSE, InputError, Parser, Progress, attack, ball, certified_margin,
                    claim, count, duration, forward_margin, hold_out, in_float64, load_dataset,
-                   load_run, number, pick_device, run, smallest)
+                   load_run, number, pick_device, process_group, ranks, run, smallest)
 
 STATUSES = ("misclassified", "attacked", "certified", "unknown")
 STAGES = (*RELAXATIONS, "branch-and-bound")
@@ -522,6 +525,97 @@ def _grow_trees(net, x, y, settings, verdicts, upper, report):
                 verdicts[sample].spend(stage, (time.time() - begun) * nodes / cut.total())
 
 
+# --------------------------------------------------------------------------------------- self-check
+
+def random_problem(seed):
+    """A random network, 6 images, the labels it gives them, and a radius."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        pick = lambda *values: values[int(torch.randint(len(values), ()))]
+        x = h = torch.rand(6, pick(1, 2), pick(4, 5, 6), pick(4, 5, 7))
+        layers = []
+        def add(layer):
+            nonlocal h
+            layers.append(layer.eval())
+            h = layer(h)
+        for _ in range(pick(0, 1, 2)):
+            kernel = min(pick(1, 2, 3), *h.shape[2:])
+            add(nn.Conv2d(h.shape[1], pick(2, 4), kernel, pick(1, 2), pick(0, kernel // 2)))
+            if pick(True, False):
+                layer = nn.BatchNorm2d(h.shape[1])
+                for t in (layer.weight, layer.bias, layer.running_mean):
+                    t.normal_()
+                add(layer)
+            add(nn.ReLU())
+        add(nn.Flatten())
+        for _ in range(pick(1, 2)):
+            add(nn.Linear(h.shape[1], pick(4, 8, 12)))
+            add(nn.ReLU())
+        add(nn.Linear(h.shape[1], pick(2, 3, 5)))
+        net, gain = nn.Sequential(*layers), pick(0.7, 1.0, 2.0, 4.0)
+        for p in net.parameters():
+            p.mul_(gain)
+        return net, x, net(x).argmax(1), pick(0.01, 0.03, 0.1, 0.3)
+
+
+def self_check(limit=math.inf, seed=0, show=lambda line: None):
+    """Attack the bounds and verdicts of random networks: (checks, contradictions).
+
+    A check is one image and one claim: that the bounds of a relaxation (textbook, or skip_stable)
+    enclose what the neurons and margins are at all points tried, in float64, or that a verdict of
+    certify is not contradicted. The points: PGD with a restart for each class and 60 steps, random
+    ones, and random corners of the ball. Stops at the limit, or when interrupted.
+    """
+    checks, contradictions, K = 0, [], 20
+    try:
+        for seed in itertools.count(seed):
+            net, x, y, eps = random_problem(seed)
+            worst, attacked = attack(net, x, y, eps, steps=60, restarts=5, seed=seed)
+            wide, x64, worst, _ = in_float64(net, x, worst, y)
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.empty(2 * K, *x.shape, dtype=torch.float64).uniform_(
+                -1, 1, generator=generator)
+            noise[K:] = noise[K:].sign()
+            points = torch.cat([worst[None], (x64 + eps * noise).clamp(0, 1)])    # (1 + 2 K, B, ..)
+            for relax, skip in itertools.product(RELAXATIONS, (False, True)):
+                for image in _outside(wide, x64, y, eps, points, relax, skip):
+                    contradictions.append(f"seed {seed}, image {image}, {relax}, skip {skip}")
+                checks += len(x)
+            try:
+                for v in certify(net, x, y, eps, timeout=1.0, seed=seed):
+                    if v.status == "certified" and attacked[v.index] <= -ROUNDING:
+                        contradictions.append(f"seed {seed}, image {v.index}, {v.stage}")
+            except ContradictionError as e:
+                contradictions.append(f"seed {seed}, image {e.index}: {e}")
+            checks += len(x)
+            show(f"{checks} checks, {len(contradictions)} contradictions")
+            if checks >= limit:
+                break
+    except KeyboardInterrupt:
+        pass
+    return checks, contradictions
+
+
+@torch.no_grad()
+def _outside(net, x, y, eps, points, relax, skip):
+    """The images for which some point violates some bound, beyond rounding in float64."""
+    bounds = preactivation_bounds(net, x, eps, relax, skip_stable=skip, steps=5)
+    low = margin_lower_bounds(net, x, y, eps, relax, skip_stable=skip, steps=5)
+    h, n, wrong = points.flatten(0, 1), 0, torch.zeros(len(x), dtype=torch.bool)
+    for layer in net:
+        if isinstance(layer, nn.ReLU):
+            z = h.unflatten(0, points.shape[:2]).flatten(2)
+            l, u = (t.flatten(1) for t in bounds[n])
+            slack = 1e-9 * (1 + l.abs() + u.abs())
+            wrong |= ((z < l - slack) | (z > u + slack)).any(2).any(0)
+            n += 1
+        h = layer(h)
+    logits = h.unflatten(0, points.shape[:2])
+    margins = logits.gather(2, y.expand(len(points), -1)[..., None]) - logits
+    wrong |= (margins < low - 1e-9 * (1 + low.abs())).any(2).any(0)
+    return wrong.nonzero().flatten().tolist()
+
+
 # ------------------------------------------------------------------------------------- command line
 
 def summary(verdicts, stages):
@@ -609,12 +703,31 @@ def parse_args(argv):
     p.add_argument("--seed", type=count(0), default=0)
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--data-dir", help="default: that of the run")
+    p.add_argument("--self-check", metavar="N", nargs="?", type=count(1), const=10 ** 9,
+                   help="instead: N checks of random networks, or as many as you let it do")
     p.add_argument("--out", help="JSON lines, one verdict each; default: RUN/certify-epsEPS.jsonl")
     return p.parse_args(argv)
 
 
+def merge(path, header, known, file):
+    """Move the verdicts of other processes, path.1, path.2, ..., into those of the first."""
+    for part in sorted(path.parent.glob(path.name + ".[0-9]*")):
+        more, handle = open_log(part, header)
+        with handle:
+            known |= more
+            file.writelines(part.read_text().splitlines(keepends=True)[1:])
+            file.flush()
+            part.unlink()
+
+
 def main(argv=None):
     args = parse_args(argv)
+    if args.self_check:
+        show, begun = Progress(), time.time()
+        checks, contradictions = self_check(args.self_check, args.seed, show)
+        show.done(f"{checks} checks, {len(contradictions)} contradictions, "
+                  f"{duration(time.time() - begun)}")
+        sys.exit("\n".join(contradictions) or 0)
     device = pick_device(args.device)
     folder = Path(args.run) if args.run else newest_run()
     net, config, _ = load_run(folder)
@@ -624,26 +737,41 @@ def main(argv=None):
         raise InputError(f"{folder} was trained on images {config['input_shape']} of "
                          f"{config['classes']} classes, but {config['dataset']} has "
                          f"{list(data.x_test.shape[1:])} of {data.classes}")
-    eps = config["eps"] if args.eps is None else args.eps
+    with process_group(device):
+        certify_run(net.to(device), config, data, folder, args, device)
+
+
+def certify_run(net, config, data, folder, args, device):
+    """Write a verdict for each test image, and show their counts. With many processes each takes
+    its share; the first gathers what they wrote."""
+    (rank, world), eps = ranks(), config["eps"] if args.eps is None else args.eps
     n = min(len(data.x_test), args.samples or config["test_subset"] or len(data.x_test))
-    stages = [s for s in STAGES if s in args.stages]
     path = Path(args.out) if args.out else folder / f"certify-eps{eps:.6g}.jsonl"
     points = path.with_suffix(".counterexamples")
-    restarts = data.classes if args.restarts is None else args.restarts
-    settings = dict(stages=stages, timeout=args.timeout, steps=args.steps, restarts=restarts,
-                    seed=args.seed)
+    settings = dict(stages=[s for s in STAGES if s in args.stages], timeout=args.timeout,
+                    steps=args.steps, seed=args.seed,
+                    restarts=data.classes if args.restarts is None else args.restarts)
+    header = dict(run=folder.resolve().name, eps=eps, **settings)
+    known = {}
     try:
-        known, file = open_log(path, dict(run=folder.resolve().name, eps=eps, **settings))
+        if rank == 0:
+            known, file = open_log(path, header)
+            merge(path, header, known, file)                       # of a job that was interrupted
+        todo = [[i for i in range(n) if i not in known]]
+        if world > 1:
+            dist.broadcast_object_list(todo, src=0)
+        todo = todo[0][rank::world]
+        if rank:
+            _, file = open_log(path.with_name(f"{path.name}.{rank}"), header)
     except OSError as e:
         raise InputError(f"--out {path} cannot be written ({e})") from None
     print(f"{folder}: {config['net']} trained by {config['relax']}, {config['opt']}; "
           f"eps {eps:.4g}; {n} test images"
           + (f", {len(known)} verdicts already in {path}" if known else ""))
-    net.to(device)
-    show, begun, todo = Progress(), time.time(), [i for i in range(n) if i not in known]
+    show, begun, numbers = Progress(), time.time(), itertools.count(1)
 
     def report(v):
-        i = todo[v.index]
+        i, done = todo[v.index], next(numbers)
         known[i] = v
         row = dict(index=i, label=int(data.y_test[i]), status=v.status, stage=v.stage,
                    bound=v.bound if v.bound > -math.inf else None, seconds=v.seconds,
@@ -653,7 +781,7 @@ def main(argv=None):
             points.mkdir(exist_ok=True)
             np.save(points / f"{i}.npy", v.counterexample.cpu().numpy())
         print(sealed(row), file=file, flush=True)
-        counts, done = Counter(v.status for v in known.values()), len(known) - n + len(todo)
+        counts = Counter(v.status for v in known.values())
         left = (time.time() - begun) / done * (len(todo) - done)
         show(f"{len(known)}/{n}  " + "  ".join(f"{counts[s]} {s}" for s in STATUSES)
              + f"  {duration(left)} left")
@@ -669,8 +797,15 @@ def main(argv=None):
             print(f"abort: test image {todo[e.index]} is certified and attacked: {e}. The "
                   f"counterexample is in {witness}", file=sys.stderr)
             sys.exit(1)
+        if rank:
+            file.close()                                           # and its claim is given up
+        if world > 1:
+            dist.barrier()
+        if rank == 0:
+            merge(path, header, known, file)
     show.done(f"verdicts in {path}, counterexamples in {points}:")
-    print("\n".join(summary([known[i] for i in range(n)], stages)))
+    if rank == 0:
+        print("\n".join(summary([known[i] for i in range(n)], settings["stages"])))
 
 
 if __name__ == "__main__":

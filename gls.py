@@ -23,6 +23,11 @@ Nothing here knows of networks or bounds. A loss maps parameter vectors (P, D) t
 per vector and each depending on its own vector alone. theta (D,) is read, never modified: there
 is nothing to restore after a step. All randomness comes from the torch.Generator passed in.
 
+Many processes. shard=(rank, world) tells an estimator that world processes call it together (in
+torch.distributed's default group), each with the same arguments and the same generator. Each draws
+all the noise, evaluates its share of it, and they add up what they found: PGPE 2n losses, the
+gradient itself never travels; RGS a gradient.
+
 PGPE in ten lines:
 
     theta, sigma = torch.zeros(5), 0.1
@@ -35,6 +40,7 @@ PGPE in ten lines:
     print(theta)                                                  # near 1
 """
 import torch
+import torch.distributed as dist
 
 
 def gradient(loss, theta):
@@ -44,7 +50,7 @@ def gradient(loss, theta):
     return values[0], grads[0], None
 
 
-def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True):
+def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True, shard=(0, 1)):
     """Zeroth-order estimate of the gradient of the smoothed loss, from antithetic pairs.
 
     Returns (estimate of L_sigma(theta), gradient (D,), gradient with respect to sigma).
@@ -59,16 +65,17 @@ def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True):
     sigma gradient has its shape (summed over the parameters that share it), or is None with
     adapt=False.  pairs: n >= 1, each costs two losses.  chunk: the most parameter vectors
     evaluated at once (None: all 2n; at least a pair), which bounds the memory and does not change
-    the result.
+    the result.  shard: see the top of this file; whole chunks go to a process, so that the result
+    is that of one process, bit by bit.
     """
     theta, sigma = _check(theta, sigma, chunk, pairs=pairs)
     eps = _noise(pairs, theta, generator)                         # (n, D)
-    values = theta.new_empty(pairs, 2)
+    values = theta.new_zeros(pairs, 2)
     with torch.no_grad():
-        for i in _slices(pairs, max(1, chunk // 2) if chunk else pairs):
+        for i in _slices(pairs, max(1, chunk // 2) if chunk else pairs, shard):
             d = sigma * eps[i]
             values[i] = _losses(loss, torch.cat([theta + d, theta - d])).view(2, -1).T
-    plus, minus = values.unbind(1)
+    plus, minus = _summed(values, shard).unbind(1)         # what others evaluated is 0 here
     middle = (plus + minus) / 2
     grad = (plus - minus) / 2 @ eps / pairs / sigma
     if not adapt:
@@ -80,25 +87,28 @@ def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True):
     return middle.mean(), grad, sigma_grad
 
 
-def rgs(loss, theta, sigma, samples, generator, antithetic=False, chunk=None):
+def rgs(loss, theta, sigma, samples, generator, antithetic=False, chunk=None, shard=(0, 1)):
     """First-order estimate: (mean loss, mean gradient (D,), None) at randomly perturbed weights.
 
         1/n sum_i grad L(theta + sigma * eps_i)
 
     An unbiased estimate of E[grad L(theta + sigma * eps)]. That is the gradient of the smoothed
     loss where L is continuous; what L's jumps contribute is missing (see the top of this file).
-    antithetic: use eps and -eps; samples is then even. Other arguments as in pgpe.
+    antithetic: use eps and -eps; samples is then even. Other arguments as in pgpe. With shard, each
+    process takes as many samples, and the result is that of one up to the rounding of sums.
     """
     theta, sigma = _check(theta, sigma, chunk, samples=samples)
     if antithetic and samples % 2:
         raise ValueError(f"samples={samples} has to be even with antithetic=True")
     eps = _noise(samples // 2 if antithetic else samples, theta, generator)
     eps = torch.cat([eps, -eps]) if antithetic else eps           # (n, D)
-    value, grad = 0.0, torch.zeros_like(theta)
-    for i in _slices(samples, chunk or samples):
+    sums = theta.new_zeros(1 + len(theta))                        # of the losses, of the gradients
+    each = -(-samples // shard[1])
+    for i in _slices(samples, min(chunk or each, each), shard):
         values, grads = _gradients(loss, theta + sigma * eps[i])
-        value, grad = value + values.sum(), grad + grads.sum(0)
-    return value / samples, grad / samples, None
+        sums += torch.cat([values.sum()[None], grads.sum(0)])
+    value, grad = (_summed(sums, shard) / samples).split([1, len(theta)])
+    return value[0], grad, None
 
 
 def smoothed_loss(loss, theta, sigma, samples, generator, chunk=None):
@@ -126,8 +136,17 @@ def _noise(rows, theta, generator):
                        device=theta.device)
 
 
-def _slices(total, size):
-    return [slice(i, i + size) for i in range(0, total, size)]
+def _slices(total, size, shard=(0, 1)):
+    """0..total in slices of size; of these, the share of one process: every world-th."""
+    rank, world = shard
+    return [slice(i, i + size) for i in range(0, total, size)][rank::world]
+
+
+def _summed(t, shard):
+    """t, summed over the processes, in place."""
+    if shard[1] > 1:
+        dist.all_reduce(t)
+    return t
 
 
 def _losses(loss, points):

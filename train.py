@@ -29,8 +29,9 @@ import time
 import urllib.request
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from copy import deepcopy
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_reduce
 from torch.func import functional_call, vmap
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
@@ -435,7 +438,7 @@ def eps_at(progress, eps):
                   else a * middle ** 4 + 4 * a * middle ** 3 * (t - middle))
 
 
-def regularizers(bounds, radius):
+def regularizers(bounds, radius, total=lambda t: t):
     """The two regularisers of Shi et al. 2021, summed: (P,).
 
     bounds: [(l, u), ...] before each ReLU, (P, B, ...). radius: mean radius of the input box.
@@ -444,17 +447,21 @@ def regularizers(bounds, radius):
                ratio of the centres of active to those of inactive neurons, v that of their
                squared distances from the mean of all, and rho(t) = min(t, 1/t); a layer where
                one is undefined is skipped
+    total: sums over the processes that share a minibatch.
     """
+    sums = lambda *ts: total(torch.stack([t.sum((1, 2)) for t in ts]))             # (len(ts), P)
     tightness, balance = [], []
     for l, u in bounds:
         l, u = l.flatten(2), u.flatten(2)
         c, r = (l + u) / 2, (u - l) / 2
-        tightness.append(F.relu(0.5 - radius / r.mean((1, 2)).clamp(min=1e-12)) / 0.5)
+        c_sum, r_sum, images = sums(c, r, torch.ones_like(c[:, :, :1]))
+        n = images * c.shape[2]
+        tightness.append(F.relu(0.5 - radius / (r_sum / n).clamp(min=1e-12)) / 0.5)
         active, inactive = (l > 0).to(c.dtype), (u < 0).to(c.dtype)
-        spread = (c - c.mean((1, 2), keepdim=True)).square()
-        m = (c * active).sum((1, 2)), -(c * inactive).sum((1, 2))
-        v = (spread * active).sum((1, 2)), (spread * inactive).sum((1, 2))
-        defined = (torch.stack([*m, *v]) > 1e-12).all(0)
+        spread = (c - (c_sum / n)[:, None, None]).square()
+        both = sums(c * active, -c * inactive, spread * active, spread * inactive)
+        m, v = both[:2], both[2:]
+        defined = (both > 1e-12).all(0)
         loss = 0.0
         for top, bottom in (m, v):
             ratio = torch.where(defined, top, 1.0) / torch.where(defined, bottom, 1.0)
@@ -481,7 +488,7 @@ def cross_entropy(margins):
 
 def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa=0.0, l1=0.0,
                 regularize=0.0, skip_stable=False, beta=1.0, alpha=0.1, lam=0.4, slope_steps=3,
-                certified=None):
+                certified=None, weight=1.0, total=lambda t: t):
     """The loss of a minibatch as a function (P, D) -> (P,) of parameter vectors, for gls.py.
 
         (1 - kappa) E[CE(-m, y)] + kappa E[CE(logits, y)] + l1 |weights|_1 + regularize * (...)
@@ -499,6 +506,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
                             all parameter vectors) beside the box: no upper bounds of the worst case
     alpha, lam: weight of the box for those; radius of sabr's small box in units of eps.
     certified: a list to which the certified fraction of each call, averaged over P, is appended.
+    weight, total: for a part of a minibatch, see share.
     """
     center, radius = x, eps
     if relax in ATTACKING:
@@ -512,7 +520,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     def forward(params, x):
         return vmap(lambda p: functional_call(net, p, (x,)))(params)                # (P, B, K)
 
-    def total(thetas):
+    def losses(thetas):
         params = unflatten(thetas, net)
         bounds = preactivation_bounds(net, center, radius, neurons, params, skip_stable=skip_stable)
         margins = lambda relax: margin_lower_bounds(net, center, y, radius, relax, params,
@@ -522,7 +530,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
             m = beta * m + (1 - beta) * margins("box")
         is_certified = (m > 0).sum(-1) == m.shape[-1] - 1                           # (P, B)
         if certified is not None:
-            certified.append(is_certified.float().mean())
+            certified.append(weight * is_certified.float().mean())
         if loss == "certified-error":
             value = 1 - is_certified.to(m.dtype)
         elif relax in ATTACKING:
@@ -531,19 +539,21 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
             value = ATTACKING[relax](m, a, alpha)
         else:
             value = cross_entropy(m)
-        value = (1 - kappa) * value.mean(-1)
+        value = weight * (1 - kappa) * value.mean(-1)
         if kappa:
             natural = vmap(F.cross_entropy, (0, None))(forward(params, x), y)
-            value = value + kappa * natural
+            value = value + weight * kappa * natural
         if l1:
             norms = (w.abs().flatten(1).sum(1) for w in params.values() if w.dim() > 2)
             value = value + l1 * sum(norms)
         if regularize and bounds:
             first = net[0] if isinstance(net[0], nn.BatchNorm2d) else nn.Identity()  # normalisation
             low, high = first((center - radius).clamp(min=0)), first((center + radius).clamp(max=1))
-            value = value + regularize * regularizers(bounds, (high - low).abs().mean() / 2)
+            widths = (high - low).abs().flatten(1).mean(1)
+            width, images = total(torch.stack([widths.sum(), torch.ones_like(widths).sum()]))
+            value = value + regularize * regularizers(bounds, width / images / 2, total)
         return value
-    return total
+    return losses
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -710,7 +720,10 @@ def claim(handle, path):
 
 @contextmanager
 def locked(folder):
-    """Claim a run folder."""
+    """Claim a run folder, for all processes of a job. None: there is none yet."""
+    if folder is None or ranks()[0]:
+        yield
+        return
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError as e:
@@ -798,15 +811,45 @@ def duration(seconds):
 
 # ----------------------------------------------------------------------------------------- training
 
+def ranks():
+    """The number of this process and how many there are, as torchrun tells them: (0, 1) without."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def samples_are_shared(config):
+    """Whether the processes share out the samples of an estimate; else, the minibatch."""
+    return config["opt"] == "pgpe" or (config["opt"] == "rgs"
+                                       and config["samples"] % ranks()[1] == 0)
+
+
+def share(x, y, config):
+    """This process's part of a minibatch, and how robust_loss is to count it: (x, y, options).
+
+    weight makes the mean over the processes the mean over the images, and total sums what is not a
+    mean, such as the statistics of the regularisers, over the processes, in its gradient too.
+    """
+    rank, world = ranks()
+    if world == 1 or samples_are_shared(config) or len(x) < world:     # everybody needs all of it
+        return x, y, {}
+    part = torch.arange(len(x)).tensor_split(world)[rank]
+    return x[part], y[part], dict(weight=len(part) * world / len(x), total=all_reduce)
+
+
 def estimate(loss, theta, sigma, config, generator):
     """The gradient estimate config["opt"] asks for: (loss, gradient, sigma gradient or None)."""
-    opt, samples, chunk = config["opt"], config["samples"], config["members"]
-    if opt == "grad":
-        return gls.gradient(loss, theta)
+    opt, samples, chunk = (config[k] for k in ("opt", "samples", "members"))
+    shard = ranks() if samples_are_shared(config) else (0, 1)
     if opt == "pgpe":
         return gls.pgpe(loss, theta, sigma, samples // 2, generator, chunk,
-                        adapt=config["sigma_adapt"] != "fixed")
-    return gls.rgs(loss, theta, sigma, samples, generator, config["antithetic"], chunk)
+                        adapt=config["sigma_adapt"] != "fixed", shard=shard)
+    value, grad, _ = gls.gradient(loss, theta) if opt == "grad" else gls.rgs(
+        loss, theta, sigma, samples, generator, config["antithetic"], chunk, shard)
+    if shard != ranks():                                   # each has that of its part of the images
+        both = torch.cat([value[None], grad])
+        dist.all_reduce(both)
+        value, grad = (both / ranks()[1]).split([1, len(theta)])
+        value = value[0]
+    return value, grad, None
 
 
 def adapt_sigma(sigma, grad, lr):
@@ -820,13 +863,13 @@ def lr_at(epoch, config):
                                       if m <= epoch)])
 
 
-def loss_of_step(net, x, y, eps, config, certified):
+def loss_of_step(net, x, y, eps, config, **options):
     """robust_loss by the settings in config; what depends on the ramp goes by eps / eps_train."""
     full = eps / config["eps_train"] if config["eps_train"] else 1.0
-    options = {k: config[k] for k in ("relax", "loss", "kappa", "l1", "skip_stable", "alpha", "lam",
-                                      "slope_steps")}
+    options |= {k: config[k] for k in ("relax", "loss", "kappa", "l1", "skip_stable", "alpha",
+                                       "lam", "slope_steps")}
     return robust_loss(net, x, y, eps, regularize=config["regularize"] * (1 - full),
-                       beta=1 + (config["beta"] - 1) * full, certified=certified, **options)
+                       beta=1 + (config["beta"] - 1) * full, **options)
 
 
 def culprit(net, x, eps, config, grad):
@@ -844,12 +887,17 @@ def culprit(net, x, eps, config, grad):
     return "the bounds of the output, or a regulariser, are not finite"
 
 
-def take_step(net, theta, optimizer, sigma, x, y, eps, config, noise, where):
-    """One step of the optimiser: sigma after it, and (loss, certified, gradient norm) before it."""
+def take_step(net, theta, optimizer, sigma, x, y, eps, config, noise, where, requests):
+    """One step of the optimiser: sigma after it, (loss, certified, gradient norm) before it, and
+    whether any process is asked to stop."""
     certified = []
     update_batchnorm(net, x)
-    loss = loss_of_step(net, x, y, eps, config, certified)
+    x, y, options = share(x, y, config)
+    loss = loss_of_step(net, x, y, eps, config, certified=certified, **options)
     value, theta.grad, sigma_grad = estimate(loss, theta, sigma, config, noise)
+    counts = theta.new_tensor([sum(certified), len(certified), len(requests)])
+    if ranks()[1] > 1:
+        dist.all_reduce(counts)
     norm = clip_grad_norm_([theta], config["clip"])
     if not (value.isfinite() and norm.isfinite()):
         raise FloatingPointError(
@@ -859,7 +907,7 @@ def take_step(net, theta, optimizer, sigma, x, y, eps, config, noise, where):
     optimizer.step()
     if sigma_grad is not None:
         sigma = adapt_sigma(sigma, sigma_grad, config["sigma_lr"])
-    return sigma, torch.stack([value, torch.stack(certified).mean(), norm])
+    return sigma, torch.stack([value, counts[0] / counts[1], norm]), counts[2] > 0
 
 
 @contextmanager
@@ -912,8 +960,8 @@ def train(net, x, y, config, device, folder, show=print, training=None):
             raise InputError(f"{folder} cannot be continued: its checkpoint lacks, or has wrong, "
                              f"{e}") from None
     size, steps = config["batch_size"], -(-len(x) // config["batch_size"])
-    start = saved = time.time()
-    start -= now["seconds"]
+    first, saved = ranks()[0] == 0, time.time()        # the first of many processes writes files
+    start = saved - now["seconds"]
     with requests_to_stop() as requests:
         while now["done"] < config["epochs"] * steps:
             epoch, step = divmod(now["done"], steps)
@@ -928,23 +976,36 @@ def train(net, x, y, config, device, folder, show=print, training=None):
             now["done"] += 1
             eps = eps_at(now["done"] / (config["ramp"] * steps) if config["ramp"] else 1.0,
                          config["eps_train"])
-            now["sigma"], numbers = take_step(net, theta, optimizer, now["sigma"], xb, yb, eps,
-                                              config, noise, f"epoch {epoch + 1}, batch {step + 1}")
+            now["sigma"], numbers, stop = take_step(
+                net, theta, optimizer, now["sigma"], xb, yb, eps, config, noise,
+                f"epoch {epoch + 1}, batch {step + 1}", requests)
             now["totals"] += numbers * len(index)
             now["seconds"] = time.time() - start
             report(show, now, epoch, step, steps, config, eps, numbers)
             if step + 1 == steps:
                 now["rows"].append(log_row(now, epoch, eps, len(x), config))
+                check_agreement(theta)
+            if first and (step + 1 == steps or stop or time.time() - saved > SAVE_EVERY):
                 write_log(folder, now["rows"])
-            if step + 1 == steps or requests or time.time() - saved > SAVE_EVERY:
                 save_checkpoint(folder, net, config, dict(
                     now, optimizer=optimizer.state_dict(), batches=batches.get_state(),
                     noise=noise.get_state()))
                 saved = time.time()
-            if requests:
-                raise Interrupted(requests[0], f"python train.py --resume {folder} goes on after "
-                                  f"epoch {epoch + 1}, batch {step + 1}")
+            if stop:
+                raise Interrupted(requests[0] if requests else signal.SIGTERM, "python train.py "
+                                  f"--resume {folder} goes on after epoch {epoch + 1}, batch "
+                                  f"{step + 1}")
     return now["rows"]
+
+
+def check_agreement(theta):
+    """All processes have the same weights, bit by bit; else something is broken: stop."""
+    if ranks()[1] > 1:
+        sums = [None] * ranks()[1]
+        dist.all_gather_object(sums, zlib.crc32(theta.cpu().numpy().tobytes()))
+        if len(set(sums)) > 1:
+            raise FloatingPointError("the processes disagree about the weights; resume from the "
+                                     "last checkpoint")
 
 
 def report(show, now, epoch, step, steps, config, eps, numbers):
@@ -1010,7 +1071,24 @@ def pick_device(name):
         raise InputError("--device cuda: this PyTorch finds no CUDA GPU; use --device cpu, or auto")
     if name == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: this PyTorch finds no Apple GPU; use --device cpu, or auto")
-    return torch.device(name)
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+@contextmanager
+def process_group(device):
+    """What torchrun started together, joined for as long as the block runs; alone: nothing."""
+    if ranks()[1] == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(days=1))       # a step, or a verdict, may take long
+    try:
+        with redirect_stdout(io.StringIO() if ranks()[0] else sys.stdout):
+            yield
+    finally:
+        dist.destroy_process_group()
 
 
 def parse_config(argv):
@@ -1114,19 +1192,22 @@ def parse_config(argv):
 
 
 def start_run(config, data, device):
-    """A new run folder: (net, config)."""
+    """A new run: (net, config). Its folder is made by the first process."""
     cifar = config["dataset"] == "cifar10"
     config = config | dict(
         input_shape=list(data.x_train.shape[1:]), classes=data.classes, augment=cifar,
         statistics=CIFAR_STATISTICS if cifar else None, milestones=list(config["milestones"]),
-        device=str(device), threads=torch.get_num_threads(), torch=str(torch.__version__),
-        fingerprint=fingerprint(data, config))
+        device=str(device), threads=torch.get_num_threads(), processes=ranks()[1],
+        torch=str(torch.__version__), fingerprint=fingerprint(data, config))
     torch.manual_seed(config["seed"])
     net = build_network(config["net"], data.x_train.shape[1:], data.classes, config["init"],
                         config["statistics"])
-    name = Path(config["dataset"]).stem
-    folder = new_folder(config["out"], f"{name}-{config['net']}-{config['relax']}-{config['opt']}")
-    config["out"] = str(folder)
+    if ranks()[0] == 0:
+        folder = new_folder(config["out"], "-".join([Path(config["dataset"]).stem, *(
+            config[k] for k in ("net", "relax", "opt"))]))
+        config["out"] = str(folder)
+        write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        save_checkpoint(folder, net, config)
     return net, config
 
 
@@ -1138,25 +1219,22 @@ def fingerprint(data, config):
 
 def main(argv=None):
     config = parse_config(argv)
-    device, folder = pick_device(config["device"]), config.pop("resume", None)
-    if folder is None:
-        data = hold_out(load_dataset(config["dataset"], config["data_dir"]), config["validation"])
-        net, config = start_run(config, data, device)
-        with locked(config["out"]):
-            write_whole(Path(config["out"], "config.json"),
-                        (json.dumps(config, indent=2) + "\n").encode())
-            save_checkpoint(Path(config["out"]), net, config)
-            train_and_show(net, config, None, data, device)
-    else:
-        with locked(folder):
-            net, saved, training = load_run(folder)
-            config = saved | dict(out=folder, data_dir=config["data_dir"] or saved["data_dir"])
-            data = load_dataset(config["dataset"], config["data_dir"])
-            data = hold_out(data, config["validation"])
-            if fingerprint(data, config) != config["fingerprint"]:
-                raise InputError(f"{folder} was trained on other images than {config['dataset']} "
-                                 f"has in {config['data_dir']}")
+    device, resumed = pick_device(config["device"]), config.pop("resume", None)
+    with process_group(device), locked(resumed):
+        if resumed:
+            net, saved, training = load_run(resumed)
+            config = saved | dict(out=resumed, data_dir=config["data_dir"] or saved["data_dir"])
+        data = load_dataset(config["dataset"], config["data_dir"])
+        data = hold_out(data, config["validation"])
+        if not resumed:
+            net, config = start_run(config, data, device)
+            with locked(config["out"]):
+                train_and_show(net, config, None, data, device)
+        elif fingerprint(data, config) == config["fingerprint"]:
             train_and_show(net, config, training, data, device)
+        else:
+            raise InputError(f"{resumed} was trained on other images than {config['dataset']} has "
+                             f"in {config['data_dir']}")
 
 
 def train_and_show(net, config, training, data, device):
@@ -1178,6 +1256,8 @@ def train_and_show(net, config, training, data, device):
             print(f"warning: the loss is that of guessing, ln {data.classes} = "
                   f"{math.log(data.classes):.3f}; try a longer --ramp, a smaller --eps-train or "
                   "--lr, or --relax box", file=sys.stderr)
+    if ranks()[0]:
+        return                                         # the first process shows the rest
     result = evaluate(net, x_test, y_test, config["eps"], progress=show)
     show.done(f"{len(x_test)} test images, eps {config['eps']:.4g}:")
     print("\n".join(table(result)))

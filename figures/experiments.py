@@ -160,15 +160,15 @@ def run_folder(words):
 
 
 def train_cell(words, data_dir):
-    """Train one cell, silently, unless it is trained; returns its folder."""
-    folder = run_folder(words)
-    if not (folder / "trained").exists():
+    """Train one cell, silently, or what is left of it; returns its folder."""
+    folder, local = run_folder(words), ["--data-dir", data_dir, "--device", "cpu"]
+    if (folder / "checkpoint.pt").exists():
+        words = ["--resume", str(folder)]
+    else:
+        words = [*words, "--test-subset", "1", "--out", str(folder)]
         shutil.rmtree(folder, ignore_errors=True)
-        begun = time.time()
-        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-            train.main([*words, "--data-dir", data_dir, "--device", "cpu", "--test-subset", "1",
-                        "--out", str(folder)])
-        (folder / "trained").write_text(f"{time.time() - begun:.2f}")
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        train.main([*words, *local])
     return folder
 
 
@@ -187,12 +187,12 @@ def run_cell(words, certify_words, data_dir):
     assert str(len(verdicts)) == certify_words[certify_words.index("--samples") + 1]
     status, stage = (Counter(v[k] for v in verdicts) for k in ("status", "stage"))
     log = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
-    curve = {k: [round(float(row[log[0].index(k)]), 4) for row in log[1:]]
-             for k in ("eps", "loss", "certified")}
+    column = {k: [float(row[i]) for row in log[1:]] for i, k in enumerate(log[0])}
+    curve = {k: [round(v, 4) for v in column[k]] for k in ("eps", "loss", "certified")}
     return dict(n=len(verdicts), natural=len(verdicts) - status["misclassified"],
                 attacked=status["attacked"], certified=status["certified"],
                 unknown=status["unknown"], certified_by={s: stage[s] for s in certify.STAGES},
-                train_seconds=float((folder / "trained").read_text()),
+                train_seconds=column["seconds"][-1],
                 certify_seconds=round(sum(v["seconds"] for v in verdicts), 2), curve=curve)
 
 
