@@ -114,24 +114,29 @@ def loss_of(net, x, y, relax):
 
 
 def figure_2():
+    """Above, a step as long as many of training; below, the same line magnified, without trend."""
     net, x, y = trained()
     theta = nn.utils.parameters_to_vector(net.parameters()).detach()
-    fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.9))
-    for ax, relax in zip(axes, ("box", "crown-ibp", "deeppoly")):
+    fig, axes = plt.subplots(2, 3, figsize=(9.5, 5))
+    for column, relax in zip(axes.T, ("box", "crown-ibp", "deeppoly")):
         loss = loss_of(net, x, y, relax)
         _, grad, _ = gls.gradient(loss, theta)
         down = -grad / grad.norm()
-        ts = np.linspace(-0.3, 0.6, 900)
-        ax.plot(ts, smoothed(loss, theta, down, ts, 0, 1), color=COLOR[relax], lw=0.9,
-                label="the loss itself")
-        few = np.linspace(-0.3, 0.6, 46)
-        for sigma, style in ((0.01, "--"), (0.03, "-")):
-            ax.plot(few, smoothed(loss, theta, down, few, sigma, 64), style, color="black", lw=1.1,
-                    label=f"smoothed, sigma = {sigma:g}")
-        ax.axvline(0, color="grey", lw=0.6)
-        ax.set(title=NAME[relax], xlabel="step along the negative gradient")
-    axes[0].set_ylabel("robust loss, 128 training digits")
-    axes[0].legend()
+        for ax, reach, count in ((column[0], 0.4, 400), (column[1], 0.004, 800)):
+            ts, few = np.linspace(-reach, reach, count), np.linspace(-reach, reach, 41)
+            raw = smoothed(loss, theta, down, ts, 0, 1)
+            trend = np.polyfit(ts, raw, 1) if reach < 0.1 else [0.0, 0.0]
+            flat = lambda t, values: (values - np.polyval(trend, t)) * (1e3 if reach < 0.1 else 1)
+            ax.plot(ts, flat(ts, raw), color=COLOR[relax], lw=1, label="the loss itself")
+            for sigma, style in ((0.01, "--"), (0.03, "-")):
+                values = flat(few, smoothed(loss, theta, down, few, sigma, 64))
+                ax.plot(few, values - (values.mean() if reach < 0.1 else 0), style, color="black",
+                        lw=1, label=f"smoothed, sigma = {sigma:g}")
+        column[0].set(title=NAME[relax])
+        column[1].set(xlabel="step along the negative gradient")
+    axes[0, 0].set_ylabel("robust loss, 128 training digits")
+    axes[1, 0].set_ylabel("the same, magnified, without\nits linear trend, in 1/1000")
+    axes[0, 0].legend()
     save(fig, "2-line")
 
 
