@@ -1,6 +1,6 @@
 """The README's figures, from the results and from the loss itself. Needs matplotlib.
 
-    python figures/draw.py              all of them, into figures/*.svg (about N minutes)
+    python figures/draw.py              all of them, into figures/*.svg (10 minutes of one core)
     python figures/draw.py 1 3          some
 
 Figures 1, 2, 3 and 7 compute what they show here; 4, 5 and 6 read results/digits.jsonl, which
@@ -283,9 +283,9 @@ def roughness(values):
     return jump, steps.std(), (values - envelope).max()
 
 
-def figure_7(lines=6, points=121, samples=32, reach=0.1):
+def figure_7(lines=4, points=81, samples=32, reach=0.1):
     """Lines through weights trained by DeepPoly, in random directions; each weight moves by about
-    reach at the ends."""
+    reach at the ends. Losses in units of that at the trained weights."""
     net, x, y = trained()
     theta = nn.utils.parameters_to_vector(net.parameters()).detach()
     ts, generator = np.linspace(-reach, reach, points), torch.Generator().manual_seed(0)
@@ -296,7 +296,8 @@ def figure_7(lines=6, points=121, samples=32, reach=0.1):
     for i, relax in enumerate(("box", "crown-ibp", "deeppoly")):
         loss = loss_of(net, x, y, relax)
         for k, sigma in enumerate(sigmas):
-            rough = np.array([roughness(smoothed(loss, theta, d, ts, sigma, samples))
+            unit = loss(theta[None]).item()
+            rough = np.array([roughness(smoothed(loss, theta, d, ts, sigma, samples) / unit)
                               for d in directions]) / [1, 2 * reach / (points - 1), 1]
             for ax, column in zip(axes, rough.T):
                 ax.errorbar(k + 0.2 * (i - 1), column.mean(), column.std() / lines ** 0.5, fmt="o",
@@ -306,6 +307,7 @@ def figure_7(lines=6, points=121, samples=32, reach=0.1):
     for ax, title in zip(axes, titles):
         ax.set(title=title, xlabel="sigma of the smoothing", yscale="log")
         ax.set_xticks(range(len(sigmas)), [f"{s:g}" if s else "none" for s in sigmas])
+    axes[0].set_ylabel("in units of the loss at the trained weights")
     axes[0].legend()
     save(fig, "7-surface")
 
