@@ -1091,7 +1091,7 @@ def process_group(device):
         dist.destroy_process_group()
 
 
-def parse_config(argv):
+def arguments():
     p = Parser(prog="train.py", description="Train a certifiably robust network, with or without "
                "Gaussian loss smoothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     eps, switch = number(0, 1), argparse.BooleanOptionalAction
@@ -1151,7 +1151,12 @@ def parse_config(argv):
     p.add_argument("--out", help="the run folder; default: runs/DATASET-NET-RELAX-OPT")
     p.add_argument("--resume", metavar="RUN", help="continue the run in this folder, from its last "
                    "checkpoint, with its own settings; only --data-dir and --device may be given")
-    argv = sys.argv[1:] if argv is None else argv
+    return p
+
+
+def parse_config(argv):
+    """Settings from a command line: COMMON, DEFAULTS of the data set, and what argv changes."""
+    p, argv = arguments(), sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
     if args.resume:
         others = {a.split("=")[0] for a in argv if a.startswith("--")} - {
