@@ -68,7 +68,7 @@ TABLES = {
         eps=0.1, methods=[(r, opt) for r in ("box", "crown-ibp", "deeppoly")
                           for opt in ("grad", "rgs")]
         + [("sabr", "grad"), ("mtl-ibp", "grad"), ("box", "pgpe")],
-        seeds=3, tries=4, validation=500, samples=1000, timeout=30, sweeps={}),
+        seeds=3, tries=3, validation=500, samples=1000, timeout=30, sweeps={}),
 }
 
 
