@@ -56,8 +56,9 @@ from torch.func import jacrev
 from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
 from train import (CERTIFY, CLOSE, InputError, Parser, Progress, attack, ball, certified_margin,
-                   claim, count, duration, forward_margin, hold_out, in_float64, load_dataset,
-                   load_run, number, pick_device, process_group, ranks, run, smallest)
+                   checksum, claim, count, duration, forward_margin, hold_out, in_float64,
+                   load_dataset, load_run, number, pick_device, process_group, ranks, run, smallest)
+
 
 STATUSES = ("misclassified", "attacked", "certified", "unknown")
 STAGES = (*RELAXATIONS, "branch-and-bound")
@@ -545,6 +546,7 @@ def random_problem(seed):
                 layer = nn.BatchNorm2d(h.shape[1])
                 for t in (layer.weight, layer.bias, layer.running_mean):
                     t.normal_()
+                layer.running_var.uniform_(0.2, 3)
                 add(layer)
             add(nn.ReLU())
         add(nn.Flatten())
@@ -563,14 +565,15 @@ def self_check(limit=math.inf, seed=0, show=lambda line: None):
 
     A check is one image and one claim: that the bounds of a relaxation (textbook, or skip_stable)
     enclose what the neurons and margins are at all points tried, in float64, or that a verdict of
-    certify is not contradicted. The points: PGD with a restart for each class and 60 steps, random
+    certify is not contradicted: "certified" by a point, "attacked" by a counterexample that is
+    outside of the ball, or rightly classified. The points: PGD with 5 restarts of 60 steps, random
     ones, and random corners of the ball. Stops at the limit, or when interrupted.
     """
     checks, contradictions, K = 0, [], 20
     try:
         for seed in itertools.count(seed):
             net, x, y, eps = random_problem(seed)
-            worst, attacked = attack(net, x, y, eps, steps=60, restarts=5, seed=seed)
+            worst, _ = attack(net, x, y, eps, steps=60, restarts=5, seed=seed)
             wide, x64, worst, _ = in_float64(net, x, worst, y)
             generator = torch.Generator().manual_seed(seed)
             noise = torch.empty(2 * K, *x.shape, dtype=torch.float64).uniform_(
@@ -582,9 +585,15 @@ def self_check(limit=math.inf, seed=0, show=lambda line: None):
                     contradictions.append(f"seed {seed}, image {image}, {relax}, skip {skip}")
                 checks += len(x)
             try:
+                margins = torch.stack([forward_margin(wide, p, y) for p in points]).amin(0)
                 for v in certify(net, x, y, eps, timeout=1.0, seed=seed):
-                    if v.status == "certified" and attacked[v.index] <= -ROUNDING:
-                        contradictions.append(f"seed {seed}, image {v.index}, {v.stage}")
+                    i, point = v.index, v.counterexample
+                    wrong = v.status == "certified" and margins[i] <= -ROUNDING
+                    if v.status == "attacked":
+                        wrong = ((point.double() - x64[i]).abs().max() > eps
+                                 or forward_margin(wide, point[None], y[i:i + 1]) > 0)
+                    if wrong:
+                        contradictions.append(f"seed {seed}, image {i}, {v.status} by {v.stage}")
             except ContradictionError as e:
                 contradictions.append(f"seed {seed}, image {e.index}: {e}")
             checks += len(x)
@@ -607,12 +616,12 @@ def _outside(net, x, y, eps, points, relax, skip):
             z = h.unflatten(0, points.shape[:2]).flatten(2)
             l, u = (t.flatten(1) for t in bounds[n])
             slack = 1e-9 * (1 + l.abs() + u.abs())
-            wrong |= ((z < l - slack) | (z > u + slack)).any(2).any(0)
+            wrong |= ~((z >= l - slack) & (z <= u + slack)).all(2).all(0)      # NaN is wrong too
             n += 1
         h = layer(h)
     logits = h.unflatten(0, points.shape[:2])
     margins = logits.gather(2, y.expand(len(points), -1)[..., None]) - logits
-    wrong |= (margins < low - 1e-9 * (1 + low.abs())).any(2).any(0)
+    wrong |= ~(margins >= low - 1e-9 * (1 + low.abs())).all(2).all(0)
     return wrong.nonzero().flatten().tolist()
 
 
@@ -751,7 +760,9 @@ def certify_run(net, config, data, folder, args, device):
     settings = dict(stages=[s for s in STAGES if s in args.stages], timeout=args.timeout,
                     steps=args.steps, seed=args.seed,
                     restarts=data.classes if args.restarts is None else args.restarts)
-    header = dict(run=folder.resolve().name, eps=eps, **settings)
+    header = dict(run=folder.resolve().name, eps=eps, **settings,
+                  network=checksum(*net.state_dict().values()),
+                  images=checksum(data.x_test, data.y_test))
     known = {}
     try:
         if rank == 0:

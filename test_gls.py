@@ -952,6 +952,17 @@ def test_sigma_step_by_hand():
     assert step.tolist() == pytest.approx([0.45, 0.6, 0.4])
 
 
+def test_readme_has_the_tables_of_the_results(monkeypatch):
+    root = Path(train.__file__).parent
+    monkeypatch.syspath_prepend(root / "figures")
+    import tables
+    readme = (root / "README.md").read_text()
+    assert tables.filled(readme) == readme and readme.count("<!-- end -->") >= 3
+    # 5 and 5 runs, all of one above all of the other: 2 of 252 ways to deal them are as extreme
+    assert tables.permutation_test([6., 7, 8, 9, 10], [1., 2, 3, 4, 5]) == pytest.approx(2 / 252)
+    assert tables.permutation_test([1., 2], [1., 2]) == 1
+
+
 def test_readme_explains_every_column_of_the_log():
     readme = (Path(train.__file__).parent / "README.md").read_text()
     assert re.findall(r"^\| `(\w+)` \|", readme, re.M) == list(train.LOG)
@@ -1649,6 +1660,28 @@ def test_certify_saves_what_it_finds_and_continues_where_it_stopped(tmp_path, ca
     assert path.read_bytes() == before and "holds other results" in capsys.readouterr().err
 
 
+def test_verdicts_of_other_weights_are_not_those_of_the_run(tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as m:
+        stop_at(m, (2,), signal.SIGTERM)
+        assert command(train.main, "--out", run, *QUICK) == 143
+    assert command(certify.main, run, "--stages", "box") == 0
+    assert command(certify.main, run, "--stages", "box") == 0          # the same: continued
+    assert command(train.main, "--resume", run) == 0
+    assert command(certify.main, run, "--stages", "box") == 2
+    assert "holds other results" in capsys.readouterr().err
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_is_not_lost(tmp_path, monkeypatch):
+    save = train.save_checkpoint
+    def slow(folder, net, config, training=None):
+        save(folder, net, config, training)
+        if training:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train, "save_checkpoint", slow)
+    assert command(train.main, "--out", tmp_path / "run", *QUICK) == 143
+
+
 @pytest.mark.parametrize("args, words", [
     (["--dataset", "imagenet"], "--dataset: 'imagenet'"),
     (["--relax", "zonotope"], "--relax: invalid choice: 'zonotope'"),
@@ -1905,6 +1938,14 @@ def test_a_job_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_the_first_process_names_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits-small-box-grad", "digits-small-box-grad-2"):
+        assert together(2, *f"{QUICK_RUN} --relax box --opt grad".split()) == [0, 0]
+        assert json.loads(Path("runs", name, "config.json").read_text())["processes"] == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_processes_share_the_images_to_certify(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command(train.main, *f"{QUICK_RUN} --out run --relax box --opt grad".split()) == 0
@@ -2108,9 +2149,17 @@ def test_bombs_and_foreign_paths(tmp_path):
         images.write(np.array([0x803, 150_000, 28, 28], ">i4").tobytes())
         for _ in range(64):
             images.write(zeros)
+    sparse = tarfile.TarInfo("cifar-10-batches-bin/test_batch.bin")
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 0
+    header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"00000000000\0".replace(b"0", b"7")            # its size once expanded
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
+    (tmp_path / "sparse").mkdir()
+    (tmp_path / "sparse" / train.CIFAR_FILE).write_bytes(gzip.compress(bytes(header) + bytes(1024)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for load in (lambda: train.load_dataset(str(bomb)), lambda: train.load_run(run),
                  lambda: train.load_dataset("cifar10", tar),
+                 lambda: train.load_dataset("cifar10", tmp_path / "sparse"),
                  lambda: train.load_dataset("mnist", tar)):
         with pytest.raises(train.InputError):
             load()

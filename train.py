@@ -29,7 +29,7 @@ import time
 import urllib.request
 import zipfile
 import zlib
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from copy import deepcopy
 from datetime import timedelta
 from fractions import Fraction
@@ -46,7 +46,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_reduce
 from torch.func import functional_call, vmap
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
@@ -125,7 +124,7 @@ class Dataset(NamedTuple):
     classes: int
 
 
-MAX_BYTES = 2 ** 30      # of anything unpacked or loaded: a small file may hide a very large one
+MAX_BYTES = 2 ** 30      # that a small file may unpack to: it may hide a very large one
 
 MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
                  "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -189,8 +188,8 @@ def _check_dataset(name, x_train, y_train, x_test, y_test, classes):
             raise InputError(f"{name}: y_{part} has to hold {len(x)} integer labels, "
                              f"got {y.dtype} {y.shape}")
         classes = classes or int(y.max()) + 1
-        if y.min() < 0 or y.max() >= classes:
-            raise InputError(f"{name}: y_{part} has labels outside 0..{classes - 1}: "
+        if y.min() < 0 or y.max() >= min(classes, 10000):
+            raise InputError(f"{name}: y_{part} has labels outside 0..{min(classes, 10000) - 1}: "
                              f"{y.min()} to {y.max()}")
         out += [torch.from_numpy(np.ascontiguousarray(x, np.float32)),
                 torch.from_numpy(y.astype(np.int64))]
@@ -255,7 +254,7 @@ def _read_cifar(data_dir):
             with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as tar:
                 for member in tar:                                   # read, never unpacked to disk
                     n = os.path.basename(member.name)
-                    if n in names and member.isfile():
+                    if n in names and member.isfile() and not member.issparse():
                         raw[n] = tar.extractfile(member).read()
         except (OSError, EOFError, tarfile.TarError, zlib.error) as e:
             raise InputError(f"{archive}: cannot be read ({e}); delete it, and it is "
@@ -280,10 +279,10 @@ def _read_at_most(file, limit, path):
 
 
 def _check_zip(archive, path):
-    """Refuse an archive that would fill the memory."""
-    size = sum(e.file_size for e in archive.infolist())
-    if size > MAX_BYTES:
-        raise InputError(f"{path}: unpacks to {size} bytes, more than {MAX_BYTES}")
+    """Refuse a small archive that would fill the memory."""
+    size, limit = sum(e.file_size for e in archive.infolist()), 4 * path.stat().st_size
+    if size > max(MAX_BYTES, limit):
+        raise InputError(f"{path}: unpacks to {size} bytes, more than {max(MAX_BYTES, limit)}")
 
 
 def _read_npz(path):
@@ -721,7 +720,7 @@ def claim(handle, path):
 @contextmanager
 def locked(folder):
     """Claim a run folder, for all processes of a job. None: there is none yet."""
-    if folder is None or ranks()[0]:
+    if folder is None or ranks()[0] or not fcntl:
         yield
         return
     try:
@@ -737,7 +736,7 @@ def locked(folder):
 
 def load_run(folder):
     """(net, config, training) of a run folder. Nothing in the file is executed; it is read only if
-    it holds no more than MAX_BYTES. Raises InputError."""
+    it is about as large as it says. Raises InputError."""
     path = Path(folder) / "checkpoint.pt"
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; train one with train.py --out {folder}")
@@ -816,6 +815,20 @@ def ranks():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+class Total(torch.autograd.Function):
+    """The sum over the processes; each gets the gradient of the sum of what all make of it."""
+
+    @staticmethod
+    def forward(ctx, t):
+        t = t.clone()
+        dist.all_reduce(t)
+        return t
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Total.forward(ctx, grad)
+
+
 def samples_are_shared(config):
     """Whether the processes share out the samples of an estimate; else, the minibatch."""
     return config["opt"] == "pgpe" or (config["opt"] == "rgs"
@@ -832,7 +845,7 @@ def share(x, y, config):
     if world == 1 or samples_are_shared(config) or len(x) < world:     # everybody needs all of it
         return x, y, {}
     part = torch.arange(len(x)).tensor_split(world)[rank]
-    return x[part], y[part], dict(weight=len(part) * world / len(x), total=all_reduce)
+    return x[part], y[part], dict(weight=len(part) * world / len(x), total=Total.apply)
 
 
 def estimate(loss, theta, sigma, config, generator):
@@ -995,6 +1008,8 @@ def train(net, x, y, config, device, folder, show=print, training=None):
                 raise Interrupted(requests[0] if requests else signal.SIGTERM, "python train.py "
                                   f"--resume {folder} goes on after epoch {epoch + 1}, batch "
                                   f"{step + 1}")
+    if requests:                                       # while the last checkpoint was written
+        raise Interrupted(requests[0], f"python train.py --resume {folder} shows the end of it")
     return now["rows"]
 
 
@@ -1002,7 +1017,7 @@ def check_agreement(theta):
     """All processes have the same weights, bit by bit; else something is broken: stop."""
     if ranks()[1] > 1:
         sums = [None] * ranks()[1]
-        dist.all_gather_object(sums, zlib.crc32(theta.cpu().numpy().tobytes()))
+        dist.all_gather_object(sums, checksum(theta))
         if len(set(sums)) > 1:
             raise FloatingPointError("the processes disagree about the weights; resume from the "
                                      "last checkpoint")
@@ -1142,7 +1157,7 @@ def arguments():
     p.add_argument("--skip-stable", action=switch, default=COMMON["skip_stable"],
                    help="deeppoly: back-substitute unstable neurons only")
     p.add_argument("--seed", type=count(0), default=0)
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="default: auto")
     p.add_argument("--data-dir", help="where the data set is, or is downloaded to; default: data")
     p.add_argument("--subset", type=count(1), help="use only the first N training images")
     p.add_argument("--validation", type=count(0), default=COMMON["validation"],
@@ -1174,7 +1189,7 @@ def parse_config(argv):
         config["ramp"] = round(DEFAULTS[kind]["ramp"] * scale)
         if args.milestones is None:
             config["milestones"] = [max(1, round(m * scale)) for m in DEFAULTS[kind]["milestones"]]
-    config["data_dir"] = config.get("data_dir", "data")
+    config = dict(data_dir="data", device="auto") | config
     config["eps_train"] = config["eps"] if args.eps_train is None else args.eps_train
     if config["opt"] == "grad":
         config["samples"] = 1
@@ -1213,28 +1228,37 @@ def start_run(config, data, device):
         config["out"] = str(folder)
         write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         save_checkpoint(folder, net, config)
-    return net, config
+    names = [config["out"]]
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(names, src=0)
+    return net, config | dict(out=names[0])
+
+
+def checksum(*tensors):
+    return zlib.crc32(b"".join(t.cpu().numpy().tobytes() for t in tensors))
 
 
 def fingerprint(data, config):
-    """A checksum of what is trained on: a run is continued on the same images only."""
-    return zlib.crc32(b"".join(t[:config["subset"]].numpy().tobytes()
-                               for t in (data.x_train, data.y_train)))
+    """Of what is trained on: a run is continued on the same images only."""
+    return checksum(data.x_train[:config["subset"]], data.y_train[:config["subset"]])
 
 
 def main(argv=None):
     config = parse_config(argv)
-    device, resumed = pick_device(config["device"]), config.pop("resume", None)
-    with process_group(device), locked(resumed):
+    resumed = config.pop("resume", None)
+    with locked(resumed), ExitStack() as stack:
         if resumed:
             net, saved, training = load_run(resumed)
-            config = saved | dict(out=resumed, data_dir=config["data_dir"] or saved["data_dir"])
+            given = {k: config[k] for k in ("data_dir", "device") if config[k]}
+            config = saved | dict(out=resumed) | given
+        device = pick_device(config["device"].split(":")[0])
+        stack.enter_context(process_group(device))
         data = load_dataset(config["dataset"], config["data_dir"])
         data = hold_out(data, config["validation"])
         if not resumed:
             net, config = start_run(config, data, device)
-            with locked(config["out"]):
-                train_and_show(net, config, None, data, device)
+            stack.enter_context(locked(config["out"]))
+            train_and_show(net, config, None, data, device)
         elif fingerprint(data, config) == config["fingerprint"]:
             train_and_show(net, config, training, data, device)
         else:

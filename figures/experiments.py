@@ -9,8 +9,9 @@ is there is not run again, so that an interrupted call continues where it stoppe
 processes uses one thread, so that a cell's result does not depend on how many there are.
 
 Tuning. Every method gets the same number of tries, drawn at random from one space (SPACE), at seed
-0, on images held out from the training set; the try with most images certified there is kept, the
-first of equals. The test set is not used. Everything tried is in results/NAME-tuning.jsonl.
+0, on images held out from the training set; the try with most images certified there is kept (of
+equals, that with the highest natural accuracy). The test set is not used. Everything tried is in
+results/NAME-tuning.jsonl.
 """
 import argparse
 import contextlib
@@ -109,16 +110,17 @@ def tuning_cells(table):
 
 def tuned(name):
     """{method: its best settings on the validation images}."""
-    best = {}
-    for cell in read(f"{name}-tuning"):
-        method = cell["relax"], cell["opt"]
+    best, table = {}, TABLES[name]
+    known = {cell["train"]: cell for cell in read(f"{name}-tuning")}
+    for method, seed, chosen, more in tuning_cells(table):
+        words = command(table, method, seed, chosen, **more)
+        cell = known.get("python train.py " + " ".join(words))
+        if cell is None:
+            sys.exit(f"{'/'.join(method)} of {name} is not tuned; run: python "
+                     f"figures/experiments.py {name} --part tune")
         score = cell.get("certified", -1), cell.get("natural", -1)             # -1: it failed
         if method not in best or score > best[method][0]:
-            best[method] = score, cell["settings"]
-    missing = [m for m in TABLES[name]["methods"] if m not in best]
-    if missing:
-        sys.exit(f"{missing} of {name} are not tuned; run: python figures/experiments.py {name} "
-                 "--part tune")
+            best[method] = score, chosen
     return {method: chosen for method, (_, chosen) in best.items()}
 
 
@@ -219,6 +221,8 @@ def run(name, file, cells, table, args):
             cert = ["--samples", str(samples), "--timeout", str(table["timeout"])]
             jobs[pool.submit(run_cell, words, cert, args.data_dir)] = line, cert
         for i, job in enumerate(as_completed(jobs)):
+            if job.exception():                                # or else all others would run first
+                pool.shutdown(cancel_futures=True)
             line, cert = jobs[job]
             method, seed, chosen, words, _ = todo[line]
             cell = dict(relax=method[0], opt=method[1], seed=seed, settings=chosen, train=line,
