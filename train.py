@@ -1277,6 +1277,8 @@ def train_and_show(net, config, training, data, device):
           f"{config['relax']} bounds, {config['opt']}; eps {config['eps_train']:.4g} in training, "
           f"{config['eps']:.4g} in the test; {device}")
     rows = train(net, x, y, config, device, folder, show, training)
+    if ranks()[0]:
+        return                                         # the first process shows the rest
     if rows:
         last = rows[-1]
         show.done(f"trained {len(rows)} epochs in {duration(last['seconds'])}: loss "
@@ -1285,8 +1287,6 @@ def train_and_show(net, config, training, data, device):
             print(f"warning: the loss is that of guessing, ln {data.classes} = "
                   f"{math.log(data.classes):.3f}; try a longer --ramp, a smaller --eps-train or "
                   "--lr, or --relax box", file=sys.stderr)
-    if ranks()[0]:
-        return                                         # the first process shows the rest
     result = evaluate(net, x_test, y_test, config["eps"], progress=show)
     show.done(f"{len(x_test)} test images, eps {config['eps']:.4g}:")
     print("\n".join(table(result)))
