@@ -311,7 +311,8 @@ def figure_7(lines=4, points=81, samples=32, reach=0.1):
             print(f"{relax} sigma {sigma:g}: " + "  ".join(
                 f"{t} {m:.4g}" for t, m in zip(titles, rough.mean(0))), flush=True)
     for ax, title in zip(axes, titles):
-        ax.set(title=title, xlabel="sigma of the smoothing", yscale="log")
+        ax.set(title=title, xlabel="sigma of the smoothing")
+        ax.set_yscale("log") if ax is axes[1] else ax.set_yscale("symlog", linthresh=1e-5)
         ax.set_xticks(range(len(sigmas)), [f"{s:g}" if s else "none" for s in sigmas])
     axes[0].set_ylabel("in units of the loss at the trained weights")
     axes[0].legend()
