@@ -6,6 +6,8 @@
     python train.py --relax mtl-ibp --alpha 0.1 --opt grad           a baseline of the field
     python train.py --dataset mnist --data-dir DIR                   needs its files, or downloads
     python train.py --relax deeppoly --opt rgs --dataset cifar10
+    python train.py --resume runs/NAME                               goes on where it was stopped
+    torchrun --nproc-per-node 2 train.py ...                         by several processes
 
 A step: bounds of the margins over a ball around each image (relaxations.py), cross-entropy on
 them, and an estimate of its gradient, smoothed or not (gls.py), for Adam. The result lands in a
@@ -100,7 +102,7 @@ LOG = {  # the columns of log.csv, one line per epoch; averages are over its bat
     "certified": "fraction of training images certified at that eps by the training relaxation "
                  "(at the perturbed weights, if smoothed)",
     "gradient": "average norm of the gradient estimate, before clipping",
-    "seconds": "since the start",
+    "seconds": "of training so far, without the time between an interrupt and its --resume",
     "samples_per_s": "training images per second in this epoch",
 }
 
