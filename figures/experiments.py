@@ -8,10 +8,11 @@ Results go to results/NAME.jsonl, one line per cell, as soon as it is finished; 
 is there is not run again, so that an interrupted call continues where it stopped. Each of --jobs
 processes uses one thread, so that a cell's result does not depend on how many there are.
 
-Tuning. Every method gets the same number of tries, drawn at random from one space (SPACE), at seed
-0, on images held out from the training set; the try with most images certified there is kept (of
-equals, that with the highest natural accuracy). The test set is not used. Everything tried is in
-results/NAME-tuning.jsonl.
+Tuning. Every method gets the same number of tries, at seed 0, on images held out from the training
+set; the try with most images certified there is kept (of equals, that with the highest natural
+accuracy). The test set is not used. The tries are the same for all methods (TRIES), or, in the
+older tables, drawn by each from one space (SPACE). Everything tried is in the file
+results/NAME-tuning.jsonl, where NAME may be that of another table ("tuned_by").
 """
 import argparse
 import contextlib
@@ -53,6 +54,19 @@ SPACE = {   # what tuning draws from; the keys are options of train.py
     "lam": (0.2, 0.4, 0.7),                                  # sabr
 }
 
+TRIES = [   # or the same tries for all methods, each of its own learning rate; keys as above
+    {"lr": 0.003, "eps-train": 1.0, "l1": 1e-5, "sigma": 0.003, "alpha": 0.1, "lam": 0.4},
+    {"lr": 0.002, "eps-train": 1.2, "l1": 0.0, "sigma": 0.01, "alpha": 0.03, "lam": 0.7},
+    {"lr": 0.005, "eps-train": 1.0, "l1": 1e-5, "sigma": 0.001, "alpha": 0.3, "lam": 0.2},
+]
+
+MNIST_CNN3 = dict(
+    common={"dataset": "mnist", "net": "cnn3", "subset": 10000, "epochs": 4, "ramp": 2,
+            "milestones": (3,), "batch-size": 32},
+    methods=[(r, opt) for r in ("box", "crown-ibp", "deeppoly") for opt in ("grad", "rgs")]
+    + [("sabr", "grad"), ("mtl-ibp", "grad"), ("box", "pgpe")],
+    seeds=3, tries=TRIES, validation=300, samples=1000, timeout=10, sweeps={})
+
 TABLES = {
     "digits": dict(
         common=dict(dataset="digits", net="small", epochs=40, ramp=16, milestones=(30, 36)),
@@ -70,6 +84,8 @@ TABLES = {
                           for opt in ("grad", "rgs")]
         + [("sabr", "grad"), ("mtl-ibp", "grad"), ("box", "pgpe")],
         seeds=3, tries=3, validation=500, samples=1000, timeout=30, sweeps={}),
+    "mnist-cnn3-0.1": dict(MNIST_CNN3, eps=0.1),
+    "mnist-cnn3-0.3": dict(MNIST_CNN3, eps=0.3, tuned_by="mnist-cnn3-0.1"),
 }
 
 
@@ -96,32 +112,38 @@ def command(table, method, seed, chosen, **more):
     return words
 
 
+def tries(table, method):
+    """What tuning tries, as keys of SPACE: the table's own list, or the same draws in every call."""
+    if not isinstance(table["tries"], int):
+        return table["tries"]
+    generator, drawn = random.Random("/".join(method)), {}
+    while len(drawn) < table["tries"]:
+        draw = {k: generator.choice(v) for k, v in SPACE.items()}
+        drawn.setdefault(str(settings(method, draw, 1.0)), draw)
+    return list(drawn.values())
+
+
 def tuning_cells(table):
-    cells = []
-    for method in table["methods"]:
-        generator, tries = random.Random("/".join(method)), []       # the same tries in every call
-        while len(tries) < table["tries"]:
-            draw = {k: generator.choice(v) for k, v in SPACE.items()}
-            chosen = settings(method, draw, table["eps"])
-            tries += [chosen] if chosen not in tries else []
-        cells += [(method, 0, chosen, {"validation": table["validation"]}) for chosen in tries]
-    return cells
+    return [(method, 0, settings(method, draw, table["eps"]), {"validation": table["validation"]})
+            for method in table["methods"] for draw in tries(table, method)]
 
 
 def tuned(name):
     """{method: its best settings on the validation images}."""
-    best, table = {}, TABLES[name]
-    known = {cell["train"]: cell for cell in read(f"{name}-tuning")}
-    for method, seed, chosen, more in tuning_cells(table):
-        words = command(table, method, seed, chosen, **more)
+    source = TABLES[name].get("tuned_by", name)
+    best, table = {}, TABLES[source]
+    known = {cell["train"]: cell for cell in read(f"{source}-tuning")}
+    for method, draw in ((m, draw) for m in table["methods"] for draw in tries(table, m)):
+        words = command(table, method, 0, settings(method, draw, table["eps"]),
+                        validation=table["validation"])
         cell = known.get("python train.py " + " ".join(words))
         if cell is None:
-            sys.exit(f"{'/'.join(method)} of {name} is not tuned; run: python "
-                     f"figures/experiments.py {name} --part tune")
+            sys.exit(f"{'/'.join(method)} of {source} is not tuned; run: python "
+                     f"figures/experiments.py {source} --part tune")
         score = cell.get("certified", -1), cell.get("natural", -1)             # -1: it failed
         if method not in best or score > best[method][0]:
-            best[method] = score, chosen
-    return {method: chosen for method, (_, chosen) in best.items()}
+            best[method] = score, draw
+    return {m: settings(m, draw, TABLES[name]["eps"]) for m, (_, draw) in best.items()}
 
 
 def table_cells(name, table):
