@@ -53,9 +53,9 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 
 RELAXATIONS = ("box", "crown-ibp", "deeppoly", "alpha-crown")
-# How many coefficients one pass holds, and so the memory; and how many passes of a layer keep what
-# their backward passes need. Those after them compute it again, which costs a third more time.
-CHUNK, KEPT = {"cpu": 2 ** 23, "cuda": 2 ** 27, "mps": 2 ** 27}, 8
+# Rows are bounded in passes. The most coefficients of one, where larger ones are no faster; and the
+# memory that all passes of a call may hold, by default, in bytes (on a GPU: half of what it has).
+CHUNK, MEMORY = {"cpu": 2 ** 23, "cuda": 2 ** 27, "mps": 2 ** 27}, {"cpu": 2 ** 32, "mps": 2 ** 33}
 # The ascent of alpha-CROWN: its length, and Adam's first step for slopes and for multipliers.
 STEPS, RATES = 20, (0.3, 0.2)
 
@@ -697,17 +697,34 @@ def _first_relu(W, c, window, rows, relu, op):
     return start
 
 
-def _in_chunks(bound, jobs):
-    """Results of all jobs, one after another. The first KEPT keep what their backward passes need,
-    the others compute it again: the memory stays bounded."""
+class Passes(NamedTuple):
+    """How a memory budget is spent."""
+    chunk: int      # coefficients that one pass may hold
+    kept: int       # passes of a layer that keep what their backward passes need
+
+
+def _passes(memory, t, layers):
+    """The passes for numbers like t through so many layers, within so many bytes (None: MEMORY)."""
+    if memory is None and t.is_cuda:
+        memory = torch.cuda.get_device_properties(t.device).total_memory // 2
+    elif memory is None:
+        memory = MEMORY[t.device.type]
+    held = 4 * t.element_size()   # bytes for each coefficient: what autograd keeps, and temporaries
+    chunk = max(1, min(CHUNK[t.device.type], memory // (2 * layers * held)))
+    return Passes(chunk, max(0, (memory // (held * chunk) - 1) // layers))  # 1 for temporaries
+
+
+def _in_passes(bound, jobs, kept):
+    """Results of all jobs, one after another. The first ones keep what their backward passes need,
+    the others compute it again, which costs a third more time: the memory stays bounded."""
     if not torch.is_grad_enabled():
         return [bound(*job) for job in jobs]
-    return [bound(*job) for job in jobs[:KEPT]] + [
+    return [bound(*job) for job in jobs[:kept]] + [
         checkpoint(bound, *job, use_reentrant=False, preserve_rng_state=False)
-        for job in jobs[KEPT:]]
+        for job in jobs[kept:]]
 
 
-def _back_substituted(s, stages, relus, box, chunk):
+def _back_substituted(s, stages, relus, box, passes):
     """Textbook bounds (l, u) of every pre-activation of stage s, (P, B, N) each.
 
     An upper bound of z_j is minus a lower bound of -z_j, so each neuron gives two rows.
@@ -725,7 +742,7 @@ def _back_substituted(s, stages, relus, box, chunk):
             A, d = W[:, :, o], c[:, :, o]
             return (torch.cat([A, -A], 2).view(P, 1, 1, -1, A.shape[-1]),
                     torch.cat([d, -d], 2).view(P, 1, 1, -1))
-    pairs = max(1, chunk // (2 * P * G * _widest(window, shape, sum(below, []))))
+    pairs = max(1, passes.chunk // (2 * P * G * _widest(window, shape, sum(below, []))))
     samples, channels = min(B, pairs), max(1, pairs // B)
 
     def bound(b, o):
@@ -736,13 +753,13 @@ def _back_substituted(s, stages, relus, box, chunk):
         return low.view(P, low.shape[1], G, 2, -1).transpose(2, 4)             # (P, b, o, 2, G)
 
     starts = range(0, O, channels)
-    low = _in_chunks(bound, [(b, o) for b in range(0, B, samples) for o in starts])
+    low = _in_passes(bound, [(b, o) for b in range(0, B, samples) for o in starts], passes.kept)
     n = len(starts)
     low = torch.cat([torch.cat(low[i:i + n], 2) for i in range(0, len(low), n)], 1)
     return low[:, :, :, 0].flatten(2), -low[:, :, :, 1].flatten(2)
 
 
-def _tightened(l, u, s, stages, relus, box, chunk, steps=0):
+def _tightened(l, u, s, stages, relus, box, passes, steps=0):
     """(l, u), tightened by back-substitution of the neurons that it leaves unstable, only those.
 
     With steps, each row raises its own bound over its own lower slopes (alpha-CROWN).
@@ -753,7 +770,7 @@ def _tightened(l, u, s, stages, relus, box, chunk, steps=0):
     if not len(member):
         return l, u
     if len(member) > l.numel() / 2 and not steps:    # picking most rows costs more than all at once
-        low, high = _back_substituted(s, stages, relus, box, chunk)
+        low, high = _back_substituted(s, stages, relus, box, passes)
         return (torch.where(unstable, torch.maximum(l, low), l),
                 torch.where(unstable, torch.minimum(u, high), u))
     W, c, window, rows = _first_rows(op)
@@ -763,7 +780,7 @@ def _tightened(l, u, s, stages, relus, box, chunk, steps=0):
     slot = torch.arange(len(member), device=l.device) - (counts.cumsum(0) - counts)[member]
     picks = member.new_zeros(P, int(counts.max()))
     picks[member, slot] = sample * G * O + neuron
-    U = max(1, chunk // (2 * P * _widest(window, op.in_shape, sum(below, []))))
+    U = max(1, passes.chunk // (2 * P * _widest(window, op.in_shape, sum(below, []))))
 
     def bound(t):
         p = torch.arange(P, device=l.device)[:, None]
@@ -776,7 +793,8 @@ def _tightened(l, u, s, stages, relus, box, chunk, steps=0):
 
         return _with_best_slopes(low, steps).view(P, -1, 2)
 
-    low = torch.cat(_in_chunks(bound, [(t,) for t in range(0, picks.shape[1], U)]), 1)[member, slot]
+    low = _in_passes(bound, [(t,) for t in range(0, picks.shape[1], U)], passes.kept)
+    low = torch.cat(low, 1)[member, slot]
     return (l.index_put(where, torch.maximum(l[where], low[:, 0])),
             u.index_put(where, torch.minimum(u[where], -low[:, 1])))
 
@@ -950,9 +968,9 @@ def prepare(net, x, eps, relax, params):
     return stages, shapes, box
 
 
-def _intermediate(stages, box, relax, slope, skip_stable, chunk, steps=0):
+def _intermediate(stages, box, relax, slope, skip_stable, memory, steps=0):
     """Bounds [(l, u), ...] before each ReLU, (P, B, N) each."""
-    chunk = chunk or CHUNK[box[0].device.type]
+    passes = _passes(memory, box[0], len(stages))
     bounds, relus, inputs = [], [], box
     for s, ops in enumerate(stages[:-1]):
         # Interval bounds of a single first layer are exact: nothing is gained by substitution.
@@ -960,11 +978,11 @@ def _intermediate(stages, box, relax, slope, skip_stable, chunk, steps=0):
         if not substitute or skip_stable:
             l, u = interval(ops, *inputs)
         if substitute and skip_stable:
-            l, u = _tightened(l, u, s, stages, relus, box, chunk)
+            l, u = _tightened(l, u, s, stages, relus, box, passes)
         elif substitute:
-            l, u = _back_substituted(s, stages, relus, box, chunk)
+            l, u = _back_substituted(s, stages, relus, box, passes)
         if substitute and relax == "alpha-crown":
-            l, u = _tightened(l, u, s, stages, relus, box, chunk, steps)
+            l, u = _tightened(l, u, s, stages, relus, box, passes, steps)
         bounds.append((l, u))
         relus += [relax_relu(l, u, slope)] if relax in ("deeppoly", "alpha-crown") else []
         inputs = F.relu(l), F.relu(u)
@@ -972,7 +990,7 @@ def _intermediate(stages, box, relax, slope, skip_stable, chunk, steps=0):
 
 
 def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=adaptive,
-                         skip_stable=False, chunk=None, steps=STEPS):
+                         skip_stable=False, memory=None, steps=STEPS):
     """Sound bounds of every pre-activation over the ball of radius eps around x, clipped to [0, 1].
 
     Returns [(l, u), ...], one pair per ReLU in the order of the network, each shaped like the
@@ -980,13 +998,13 @@ def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=ad
     the ball. Arguments and errors are those of margin_lower_bounds.
     """
     stages, shapes, box = prepare(net, x, eps, relax, params)
-    bounds = _intermediate(stages, box, relax, slope, skip_stable, chunk, steps)
+    bounds = _intermediate(stages, box, relax, slope, skip_stable, memory, steps)
     return [tuple(t.expand(_population(params), -1, -1).reshape(shape) for t in pair)
             for pair, shape in zip(bounds, _outer_shapes(shapes, x, params))]
 
 
 def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stable=False, *,
-                        slope=adaptive, intermediate=None, chunk=None, steps=STEPS):
+                        slope=adaptive, intermediate=None, memory=None, steps=STEPS):
     """Sound lower bounds of the margins over the ball of radius eps around x, clipped to [0, 1].
 
     Returns (B, K), or (P, B, K) with params: entry k is a lower bound of logit[y] - logit[k] for
@@ -1012,7 +1030,9 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         from 1 to 0.)
     slope: the lower line of an unstable ReLU, (l, u) -> slope in [0, 1]; see adaptive.
     intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
-    chunk: the most coefficients that one pass holds (None: CHUNK); it bounds the peak memory.
+    memory: a budget in bytes for the passes (None: MEMORY): how many rows go down at once, and how
+        many passes are kept for backward. With room for one row it is not exceeded by much; the
+        ascent of alpha-CROWN may take twice as much.
 
     Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
     """
@@ -1025,7 +1045,7 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
     y = y.long()
     if intermediate is None:
-        bounds = _intermediate(stages, box, relax, slope, skip_stable, chunk, steps)
+        bounds = _intermediate(stages, box, relax, slope, skip_stable, memory, steps)
     else:
         want = _outer_shapes(shapes, x, params)
         if [[t.shape for t in pair] for pair in intermediate] != [[s, s] for s in want]:
@@ -1054,12 +1074,13 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
 
     top = _map_shapes(stages)[-1]
     widest = _widest(None, top, sum(stages[bottom:], []))
-    chunk = chunk or CHUNK[x.device.type]
-    samples = max(1, chunk // (_population(params) * K * widest))
-    low = torch.cat(_in_chunks(bound, [(b,) for b in range(0, len(x), samples)]), 1)
+    passes = _passes(memory, x, len(stages))
+    samples = max(1, passes.chunk // (_population(params) * K * widest))
+    low = _in_passes(bound, [(b,) for b in range(0, len(x), samples)], passes.kept)
+    low = torch.cat(low, 1)
     if relax == "alpha-crown" and intermediate is None:     # tighter bounds may flip a rule's slope
         deeppoly = margin_lower_bounds(net, x, y, eps, "deeppoly", params, skip_stable, slope=slope,
-                                       chunk=chunk)
+                                       memory=memory)
         low = torch.maximum(low, deeppoly[None] if params is None else deeppoly)
     return low[0] if params is None else low
 

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from torch.distributed._tools.mem_tracker import MemTracker
 
 import certify
 import gls
@@ -320,8 +321,8 @@ def test_population_equals_a_loop_and_chunks_change_nothing(name, relax, skip):
     params, buffers = torch.func.stack_module_state(nets)
     both = {**params, **buffers}
     loop = torch.stack([margin_lower_bounds(n, x, y, 0.1, relax, skip_stable=skip) for n in nets])
-    for chunk in (None, 1, 300):
-        stacked = margin_lower_bounds(nets[0], x, y, 0.1, relax, both, skip, chunk=chunk)
+    for memory in (None, 1, 60_000):
+        stacked = margin_lower_bounds(nets[0], x, y, 0.1, relax, both, skip, memory=memory)
         torch.testing.assert_close(stacked, loop, atol=1e-10, rtol=1e-10)
     bounds = preactivation_bounds(nets[0], x, 0.1, relax, both, skip_stable=skip)
     for i, n in enumerate(nets):
@@ -333,11 +334,26 @@ def test_population_equals_a_loop_and_chunks_change_nothing(name, relax, skip):
     torch.testing.assert_close(again, loop)
 
 
-@pytest.mark.parametrize("chunk", [None, 200])
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_memory_budget_bounds_the_peak(skip):
+    torch.manual_seed(0)
+    net, x = train.build_network("cnn3", (1, 28, 28), 10), torch.rand(8, 1, 28, 28)
+
+    def peak(memory):
+        with MemTracker() as tracker:
+            low = margin_lower_bounds(net, x, torch.arange(8), 0.3, "deeppoly", None, skip,
+                                      memory=memory)
+            low.logsumexp(-1).sum().backward()
+        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+    assert peak(2 ** 24) < 2 ** 24 < 2 ** 25 < peak(None) < 2 ** 32
+
+
+@pytest.mark.parametrize("memory", [None, 1, 40_000])
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("relax", RELAXATIONS)
 @pytest.mark.parametrize("name", ["windows", "outgrown", "batchnorm"])
-def test_gradient_against_finite_differences(name, relax, skip, chunk):
+def test_gradient_against_finite_differences(name, relax, skip, memory):
     net, x, y = make(name)
     names, values = zip(*((n, p.detach()[None]) for n, p in net.named_parameters()))
     g = torch.Generator().manual_seed(0)
@@ -345,8 +361,8 @@ def test_gradient_against_finite_differences(name, relax, skip, chunk):
 
     def f(t):
         params = {n: v + t * d for n, v, d in zip(names, values, direction)}
-        bounds = preactivation_bounds(net, x, 0.1, relax, params, skip_stable=skip, chunk=chunk)
-        low = margin_lower_bounds(net, x, y, 0.1, relax, params, intermediate=bounds, chunk=chunk)
+        bounds = preactivation_bounds(net, x, 0.1, relax, params, skip_stable=skip, memory=memory)
+        low = margin_lower_bounds(net, x, y, 0.1, relax, params, intermediate=bounds, memory=memory)
         return low.logsumexp(-1).sum() + sum((u - l).square().mean() for l, u in bounds)
 
     t = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -1560,9 +1576,9 @@ def test_alpha_crown_of_a_population_equals_a_loop():
     options = dict(relax="alpha-crown", skip_stable=True, steps=3)
     with torch.no_grad():
         loop = torch.stack([margin_lower_bounds(n, x, y, 0.1, **options) for n in nets])
-        for chunk in (None, 1, 300):
+        for memory in (None, 1, 60_000):
             stacked = margin_lower_bounds(nets[0], x, y, 0.1, params={**params, **buffers},
-                                          chunk=chunk, **options)
+                                          memory=memory, **options)
             torch.testing.assert_close(stacked, loop, atol=1e-10, rtol=1e-10)
 
 

@@ -70,7 +70,7 @@ def problem(case, state, data_dir, device):
         statistics = train.CIFAR_STATISTICS if dataset == "cifar10" else None
         net = train.build_network(name, data.x_test.shape[1:], data.classes, statistics=statistics)
     else:
-        net, _ = train.load_run(run_folder(case, state, data_dir))
+        net, *_ = train.load_run(run_folder(case, state, data_dir))
     return net.to(device), data.x_test[:batch].to(device), data.y_test[:batch].to(device), eps
 
 
