@@ -64,18 +64,13 @@ def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True, shard=(0,
     theta: (D,).  sigma: a number or () tensor, shared, or (D,), per parameter; all positive. The
     sigma gradient has its shape (summed over the parameters that share it), or is None with
     adapt=False.  pairs: n >= 1, each costs two losses.  chunk: the most parameter vectors
-    evaluated at once (None: all 2n; at least a pair), which bounds the memory and does not change
-    the result.  shard: see the top of this file; whole chunks go to a process, so that the result
-    is that of one process, bit by bit.
+    evaluated at once (None: all 2n), which bounds the memory and does not change the result.
+    shard: see the top of this file; whole chunks go to a process, so that the result is that of
+    one process, bit by bit.
     """
     theta, sigma = _check(theta, sigma, chunk, pairs=pairs)
     eps = _noise(pairs, theta, generator)                         # (n, D)
-    values = theta.new_zeros(pairs, 2)
-    with torch.no_grad():
-        for i in _slices(pairs, max(1, chunk // 2) if chunk else pairs, shard):
-            d = sigma * eps[i]
-            values[i] = _losses(loss, torch.cat([theta + d, theta - d])).view(2, -1).T
-    plus, minus = _summed(values, shard).unbind(1)         # what others evaluated is 0 here
+    plus, minus = _antithetic_losses(loss, theta, sigma, eps, chunk, shard)
     middle = (plus + minus) / 2
     grad = (plus - minus) / 2 @ eps / pairs / sigma
     if not adapt:
@@ -120,13 +115,8 @@ def smoothed_loss(loss, theta, sigma, samples, generator, chunk=None):
     theta, sigma = _check(theta, sigma, chunk, samples=samples)
     if samples % 2:
         raise ValueError(f"samples={samples} has to be even: they are used in antithetic pairs")
-    values = []
-    with torch.no_grad():
-        eps = _noise(samples // 2, theta, generator)
-        for i in _slices(len(eps), max(1, chunk // 2) if chunk else len(eps)):
-            points = torch.cat([theta + sigma * eps[i], theta - sigma * eps[i]])
-            values.append(_losses(loss, points).view(2, -1).mean(0))
-    middle = torch.cat(values)
+    eps = _noise(samples // 2, theta, generator)
+    middle = _antithetic_losses(loss, theta, sigma, eps, chunk).mean(0)
     error = middle.std() / len(middle) ** 0.5 if len(middle) > 1 else middle.new_tensor(torch.inf)
     return middle.mean(), error
 
@@ -155,6 +145,17 @@ def _losses(loss, points):
         raise ValueError(f"loss has to map (P, D) to (P,); it mapped {tuple(points.shape)} to "
                          f"{tuple(values.shape)}")
     return values
+
+
+def _antithetic_losses(loss, theta, sigma, eps, chunk, shard=(0, 1)):
+    """L(theta + sigma eps_i) and L(theta - sigma eps_i), (2, n)."""
+    n = len(eps)
+    values, number = theta.new_zeros(2 * n), torch.arange(2 * n, device=theta.device)
+    with torch.no_grad():
+        for i in _slices(2 * n, chunk or 2 * n, shard):
+            d = sigma * eps[number[i] % n]
+            values[i] = _losses(loss, theta + torch.where(number[i, None] < n, d, -d))
+    return _summed(values, shard).view(2, n)               # what others evaluated was 0 here
 
 
 def _gradients(loss, points):

@@ -746,6 +746,22 @@ def test_estimators_leave_theta_alone_and_do_not_depend_on_chunks(estimator):
             assert a is b is None or torch.allclose(a, b, rtol=1e-12)
 
 
+def test_members_run_at_once_change_rounding_only(tmp_path):
+    runs = [tmp_path / members for members in ("auto", "1", "3")]
+    for opt, run in ((opt, run) for opt in ("rgs", "pgpe") for run in runs):
+        words = [] if run.name == "auto" else ["--members", run.name]
+        train.main([*QUICK_RUN.split(), "--opt", opt, "--samples", "4", *words, "--out",
+                    str(run / opt)])
+    for opt in ("rgs", "pgpe"):
+        (auto, config, _), *others = (train.load_run(run / opt) for run in runs)
+        assert config["members"] > 1
+        for other, _, _ in others:
+            for a, b in zip(auto.parameters(), other.parameters()):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert train.members_at_once(auto, config | dict(batch_size=10 ** 4)) == 1
+    assert train.members_at_once(auto, config | dict(batch_size=10 ** 4, device="cuda")) == 16
+
+
 def test_estimators_touch_nobody_elses_gradient():
     other = torch.ones(5, requires_grad=True)
     loss = lambda t: (t * other).sum(1)

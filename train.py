@@ -79,6 +79,7 @@ COMMON = dict(
     sigma_adapt="fixed",  # or scalar, parameter: PGPE's own adaptation of sigma
     sigma_lr=0.1,         # pgpelib's default for the step of sigma
     skip_stable=True,     # here: faster than the textbook, and certifies as much (README)
+    members=None,         # parameter vectors run at once; a run asks members_at_once
     subset=None, validation=0, test_subset=None, out=None,
 )
 DEFAULTS = {              # epochs, ramp and milestones count passes over the training set
@@ -867,6 +868,17 @@ def estimate(loss, theta, sigma, config, generator):
     return value, grad, None
 
 
+def members_at_once(net, config):
+    """How many parameter vectors to run at once, where --members does not say: a number chosen for
+    speed alone. On a CPU back-substitution is fastest as long as the maps of all stay in its cache
+    (benchmarks/population.py), and other bounds or devices like many."""
+    if config["device"] != "cpu" or config["relax"] in ("box", *ATTACKING):
+        return 16
+    bounds = preactivation_bounds(net, torch.zeros(1, *config["input_shape"]), 0, "box")
+    maps = config["batch_size"] * sum(l.numel() for l, _ in bounds)
+    return max(1, min(16, 2 ** 17 // maps))
+
+
 def adapt_sigma(sigma, grad, lr):
     """sigma - lr sigma^2 dL/dsigma, by at most 20 % a step (Sehnke et al. 2010, as in pgpelib)."""
     return torch.clamp(sigma - lr * sigma ** 2 * grad, 0.8 * sigma, 1.2 * sigma)
@@ -1137,7 +1149,8 @@ def arguments():
                    default=COMMON["sigma_adapt"],
                    help="pgpe: follow the gradient of sigma too, one for all or one per parameter")
     p.add_argument("--sigma-lr", type=number(0, math.inf), default=COMMON["sigma_lr"])
-    p.add_argument("--members", type=count(1), default=16, help="parameter vectors run at once")
+    p.add_argument("--members", type=count(1),
+                   help="parameter vectors run at once; default: see members_at_once")
     p.add_argument("--loss", choices=("cross-entropy", "certified-error"), default=COMMON["loss"],
                    help="certified-error: the fraction not certified; for pgpe only")
     p.add_argument("--beta", type=number(0, 1), default=COMMON["beta"],
@@ -1224,6 +1237,7 @@ def start_run(config, data, device):
     torch.manual_seed(config["seed"])
     net = build_network(config["net"], data.x_train.shape[1:], data.classes, config["init"],
                         config["statistics"])
+    config["members"] = config["members"] or members_at_once(net, config)
     if ranks()[0] == 0:
         folder = new_folder(config["out"], "-".join([Path(config["dataset"]).stem, *(
             config[k] for k in ("net", "relax", "opt"))]))
