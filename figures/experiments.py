@@ -113,7 +113,7 @@ def command(table, method, seed, chosen, **more):
 
 
 def tries(table, method):
-    """What tuning tries, as keys of SPACE: the list of the table, or draws, always the same ones."""
+    """What tuning tries, as keys of SPACE: the table's own list, or draws, always the same."""
     if not isinstance(table["tries"], int):
         return table["tries"]
     generator, drawn = random.Random("/".join(method)), {}
