@@ -1,4 +1,4 @@
-"""The README's tables of experiments, from results/*.jsonl: no number in them is typed by hand.
+"""The README's tables, from results/: no number in them is typed by hand.
 
     python figures/tables.py            rewrites what stands between the <!-- table --> marks
 
@@ -7,6 +7,7 @@ is that of the exact permutation test: the share of all ways to deal the runs to
 give so large a difference. Both are for the settings that tuning chose, and do not know how much
 that choice owes to chance.
 """
+import json
 import re
 from itertools import combinations
 from statistics import mean, stdev
@@ -96,7 +97,32 @@ def source(name):
             "one thread, without tuning and sweeps. Mean ± standard deviation over seeds."]
 
 
-TABLES = {"results": results_table, "differences": differences, "source": source}
+CASE = {"cnn3": "CNN3 / MNIST", "cnn3-256": "CNN3 / MNIST", "cnn5": "CNN5 / CIFAR-10",
+        "cnn7": "CNN7 / CIFAR-10", "init": "initial", "box": "trained by box",
+        "deeppoly": "trained by DeepPoly"}
+ROW = {"box": "box", "crown-ibp": "CROWN-IBP", "deeppoly": "DeepPoly, textbook",
+       "skip-stable": "DeepPoly, skip_stable"}
+
+
+def speed(name):
+    """Rows of benchmarks/bounds.py, from results/benchmarks/NAME*.json; ratios to auto_LiRPA."""
+    lines = ["| network, batch | weights | bounds | forward, ms | times faster | forward + backward, "
+             "ms | times faster | MiB at the peak, here : there |", "|---|---|---|---|---|---|---|---|"]
+    for path in sorted((experiments.RESULTS / "benchmarks").glob(f"{name}*.json")):
+        for r in json.loads(path.read_text())["results"]:
+            columns = [f"{CASE[r['case']]}, {r['batch']}", CASE[r["state"]], ROW[r["row"]]]
+            for run in ("forward", "forward+backward"):
+                t = r.get(run)
+                columns += [f"{1e3 * t['ours']:.0f}", f"**{t['ratio']:.2f}**" if "ratio" in t
+                            else "fails"] if t else ["", ""]
+                memory = t["MiB"] if t else memory
+            columns.append(" : ".join(f"{memory[k]:.0f}" if memory.get(k) else "-"
+                                      for k in ("ours", "auto_LiRPA")))
+            lines.append("| " + " | ".join(columns) + " |")
+    return lines
+
+
+TABLES = {"results": results_table, "differences": differences, "source": source, "speed": speed}
 
 
 def filled(text):
