@@ -869,14 +869,17 @@ def estimate(loss, theta, sigma, config, generator):
 
 
 def members_at_once(net, config):
-    """How many parameter vectors to run at once, where --members does not say: a number chosen for
-    speed alone. On a CPU back-substitution is fastest as long as the maps of all stay in its cache
-    (benchmarks/population.py), and other bounds or devices like many."""
-    if config["device"] != "cpu" or config["relax"] in ("box", *ATTACKING):
+    """How many parameter vectors to run at once, where --members does not say; for speed alone.
+
+    Small ones together save overhead; large ones, on a CPU, only miss its cache. The limits, in
+    neurons times images, are measured (benchmarks/population.py).
+    """
+    if config["device"] != "cpu":
         return 16
+    limit = {"crown-ibp": 2 ** 18, "deeppoly": 2 ** 16, "alpha-crown": 2 ** 16}
     bounds = preactivation_bounds(net, torch.zeros(1, *config["input_shape"]), 0, "box")
-    maps = config["batch_size"] * sum(l.numel() for l, _ in bounds)
-    return max(1, min(16, 2 ** 17 // maps))
+    size = config["batch_size"] * sum(l.numel() for l, _ in bounds)
+    return max(1, min(16, limit.get(config["relax"], 2 ** 21) // size))
 
 
 def adapt_sigma(sigma, grad, lr):

@@ -2,8 +2,9 @@
 
     python benchmarks/population.py --data-dir data
 
-1. The losses of P = 64 perturbed networks, as PGPE needs them, in one call and in a loop.
+1. The losses of P perturbed networks, as PGPE needs them, in a loop and so many at once.
 2. A step of RGS with 2 samples against a plain gradient.
+   (* marks the number that train.py runs at once.)
 3. Time and peak memory against the batch and against P: linear, if all is well; and from that, the
    largest batch that fits.
 Ratios are medians over turns. Networks as initialised, real images, the loss of train.py.
@@ -23,20 +24,22 @@ SIGMA = 0.01
 
 
 def problem(dataset, net, relax, batch, data_dir, device):
-    """(the loss of one minibatch, theta)."""
+    """(the loss of one minibatch, theta, how many members train.py would run at once)."""
     data = train.load_dataset(dataset, data_dir)
     torch.manual_seed(0)
     net = train.build_network(net, data.x_train.shape[1:], data.classes).to(device)
     x, y = (t[:batch].to(device) for t in (data.x_train, data.y_train))
     loss = train.robust_loss(net, x, y, RADIUS[dataset], relax, regularize=0.5, skip_stable=True)
-    return loss, torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    config = dict(device=device, relax=relax, batch_size=batch, input_shape=x.shape[1:])
+    members = train.members_at_once(net, config)
+    return loss, torch.nn.utils.parameters_to_vector(net.parameters()).detach(), members
 
 
-def estimators(loss, theta):
+def estimators(loss, theta, members):
     generator = torch.Generator(theta.device).manual_seed(0)
     return {
         "gradient": lambda: gls.gradient(loss, theta),
-        "rgs": lambda: gls.rgs(loss, theta, SIGMA, 2, generator, antithetic=True)}
+        "rgs": lambda: gls.rgs(loss, theta, SIGMA, 2, generator, antithetic=True, chunk=members)}
 
 
 def losses(loss, thetas, members):
@@ -51,8 +54,8 @@ def perturbed(theta, P):
 
 def prepare_peak(dataset, net, relax, batch, P, data_dir, device):
     """For common.peak_memory: a plain gradient at P parameter vectors."""
-    loss, theta = problem(dataset, net, relax, batch, data_dir, device)
-    small, _ = problem(dataset, net, "box", 1, data_dir, device)
+    loss, theta, _ = problem(dataset, net, relax, batch, data_dir, device)
+    small, *_ = problem(dataset, net, "box", 1, data_dir, device)
 
     def call(loss, P):
         points = perturbed(theta, P).requires_grad_()
@@ -61,28 +64,28 @@ def prepare_peak(dataset, net, relax, batch, P, data_dir, device):
 
 
 def population(args, results):
-    print(f"{'':28}{'loop s':>9}{'16 at once':>12}{'64 at once':>12}{'ratios':>14}")
-    for relax in ("box", "crown-ibp", "deeppoly"):
-        loss, theta = problem("digits", "cnn3", relax, 64, args.data_dir, args.device)
-        thetas = perturbed(theta, 64)
-        calls = {m: partial(losses, loss, thetas, m) for m in (1, 16, 64)}
-        torch.testing.assert_close(calls[1](), calls[64](), rtol=1e-4, atol=1e-5)
-        times = common.in_turns(calls, args.pairs, args.device)
-        ratios = [common.ratio(times, m, 1) for m in (16, 64)]
-        print(f"{'digits cnn3 ' + relax + ', P = 64':28}{median(times[1]):9.3f}"
-              f"{median(times[16]):12.3f}{median(times[64]):12.3f}{ratios[0]:7.2f}{ratios[1]:7.2f}",
-              flush=True)
-        results.append(dict(what="population", dataset="digits", net="cnn3", relax=relax, P=64,
-                            batch=64, ratio_16=ratios[0], ratio_64=ratios[1],
-                            times={str(m): t for m, t in times.items()}))
+    print(f"{'':32}ms for each member, and times as fast as a loop")
+    for dataset, net, P in (("digits", "small", 64), ("digits", "cnn3", 64), ("mnist", "cnn3", 16)):
+        for relax in ("box", "crown-ibp", "deeppoly"):
+            loss, theta, chosen = problem(dataset, net, relax, 64, args.data_dir, args.device)
+            thetas = perturbed(theta, P)
+            calls = {m: partial(losses, loss, thetas, m) for m in sorted({1, 4, P, 16, chosen})}
+            torch.testing.assert_close(calls[1](), calls[P](), rtol=1e-4, atol=1e-5)
+            times = common.in_turns(calls, args.pairs, args.device)
+            ratios = {m: common.ratio(times, m, 1) for m in calls}
+            print(f"{f'{dataset} {net} {relax}, P = {P}':32}" + "  ".join(
+                f"{m}{'*' * (m == chosen)}: {1e3 * median(times[m]) / P:.1f} ({ratios[m]:.2f})"
+                for m in calls), flush=True)
+            results.append(dict(what="population", dataset=dataset, net=net, relax=relax, P=P,
+                                batch=64, chosen=chosen, ratios=ratios, times=times))
 
 
 def steps(args, results):
     print(f"\n{'':28}{'gradient s':>11}{'RGS, 2 s':>10}{'ratio':>8}")
     for dataset in ("digits", "mnist"):
-        for relax in ("box", "deeppoly"):
-            loss, theta = problem(dataset, "cnn3", relax, 64, args.data_dir, args.device)
-            times = common.in_turns(estimators(loss, theta), args.pairs, args.device)
+        for relax in ("box", "crown-ibp", "deeppoly"):
+            task = problem(dataset, "cnn3", relax, 64, args.data_dir, args.device)
+            times = common.in_turns(estimators(*task), args.pairs, args.device)
             ratio = common.ratio(times, "gradient", "rgs")
             print(f"{dataset + ' cnn3 ' + relax + ', batch 64':28}{median(times['gradient']):11.3f}"
                   f"{median(times['rgs']):10.3f}{ratio:8.2f}", flush=True)
@@ -96,7 +99,7 @@ def growth(args, results):
                                 ("digits", "cnn3", [(64, p) for p in (1, 4, 16, 64)]),
                                 ("cifar10", "cnn5", [(4, 1), (8, 1), (16, 1)])):
         for batch, P in sizes:
-            loss, theta = problem(dataset, net, "deeppoly", batch, args.data_dir, args.device)
+            loss, theta, _ = problem(dataset, net, "deeppoly", batch, args.data_dir, args.device)
             call = partial(gls.rgs, loss, theta, SIGMA, P, torch.Generator(args.device))
             times = common.in_turns({"": call}, 3, args.device)[""]
             memory = common.peak_memory(

@@ -106,8 +106,8 @@ ROW = {"box": "box", "crown-ibp": "CROWN-IBP", "deeppoly": "DeepPoly, textbook",
 
 def speed(name):
     """Rows of benchmarks/bounds.py, from results/benchmarks/NAME*.json; ratios to auto_LiRPA."""
-    lines = ["| network, batch | weights | bounds | forward, ms | times faster | forward + backward, "
-             "ms | times faster | MiB at the peak, here : there |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| network, batch | weights | bounds | forward, ms | times faster | forward + "
+             "backward, ms | times faster | MiB at the peak, here : there |", "|" + "---|" * 8]
     for path in sorted((experiments.RESULTS / "benchmarks").glob(f"{name}*.json")):
         for r in json.loads(path.read_text())["results"]:
             columns = [f"{CASE[r['case']]}, {r['batch']}", CASE[r["state"]], ROW[r["row"]]]
