@@ -710,8 +710,8 @@ def _passes(memory, t, layers):
     elif memory is None:
         memory = MEMORY[t.device.type]
     held = 4 * t.element_size()   # bytes for each coefficient: what autograd keeps, and temporaries
-    chunk = max(1, min(CHUNK[t.device.type], memory // (2 * layers * held)))
-    return Passes(chunk, max(0, (memory // (held * chunk) - 1) // layers))  # 1 for temporaries
+    chunk = max(1, min(CHUNK[t.device.type], int(memory) // (2 * layers * held)))
+    return Passes(chunk, max(0, (int(memory) // (held * chunk) - 1) // layers))   # 1: temporaries
 
 
 def _in_passes(bound, jobs, kept):
