@@ -134,9 +134,10 @@ def best_mode(case, row, data_dir, device):
     Tried on 2 images: on the whole batch, the slower one may not fit into the memory.
     """
     found, task = {}, few(problem(case, "init", data_dir, device), 2)
+    run = with_gradient if case != "cnn7" else forward
     for mode in ("patches", "matrix"):
         try:
-            call = with_gradient(*sides(task, row, mode))
+            call = run(*sides(task, row, mode))
             found[mode] = min(common.seconds(call, device) for _ in range(2))
         except Exception as e:                      # out of memory, or a layer it cannot do
             print(f"  auto_LiRPA {mode}: {type(e).__name__}: {str(e)[:80]}", file=sys.stderr)
