@@ -2,9 +2,10 @@
 
     python figures/tables.py            rewrites what stands between the <!-- table --> marks
 
-The standard error of a difference comes from the spread over seeds, sqrt(s1^2 / n1 + s2^2 / n2); p
-is that of the exact permutation test: the share of all ways to deal the runs to two methods that
-give so large a difference. Both are for the settings that tuning chose, and do not know how much
+The standard error of a difference comes from the spread over seeds, sqrt(s1^2 / n1 + s2^2 / n2), or
+from that of the differences between runs of the same seed, which share their initial weights, their
+batches and their test images. p is that of the exact permutation test: the share of all ways to
+deal the runs to two methods that give so large a difference. All are for the settings that tuning chose, and do not know how much
 that choice owes to chance.
 """
 import json
@@ -77,14 +78,18 @@ def permutation_test(first, second):
 
 def differences(name):
     found = table_cells(name)
-    lines = ["| certified, points | difference | standard error | p |", "|---|---|---|---|"]
+    lines = ["| certified, points | difference | standard error | by seeds | p |",
+             "|---|---|---|---|---|"]
     for a, b in CLAIMS:
         if a in found and b in found and min(len(found[a]), len(found[b])) > 1:
-            first, second = percent(found[a], "certified"), percent(found[b], "certified")
+            by_seed = [{c["seed"]: percent([c], "certified")[0] for c in found[m]} for m in (a, b)]
+            first, second = ([*cells.values()] for cells in by_seed)
+            pairs = [v - by_seed[1][seed] for seed, v in by_seed[0].items() if seed in by_seed[1]]
             d = mean(first) - mean(second)
             error = (stdev(first) ** 2 / len(first) + stdev(second) ** 2 / len(second)) ** 0.5
             lines.append(f"| {' '.join(NAME[m] for m in a)} − {' '.join(NAME[m] for m in b)} | "
-                         f"{d:+.1f} | {error:.1f} | {permutation_test(first, second):.3f} |")
+                         f"{d:+.1f} | {error:.1f} | {stdev(pairs) / len(pairs) ** 0.5:.1f} | "
+                         f"{permutation_test(first, second):.3f} |")
     return lines
 
 
@@ -108,7 +113,8 @@ def speed(name):
     """Rows of benchmarks/bounds.py, from results/benchmarks/NAME*.json; ratios to auto_LiRPA."""
     lines = ["| network, batch | weights | bounds | forward, ms | times faster | forward + "
              "backward, ms | times faster | MiB at the peak, here : there |", "|" + "---|" * 8]
-    for path in sorted((experiments.RESULTS / "benchmarks").glob(f"{name}*.json")):
+    files = (experiments.RESULTS / "benchmarks").glob(f"{name}*.json")
+    for path in sorted(files, key=lambda path: path.stem):
         for r in json.loads(path.read_text())["results"]:
             columns = [f"{CASE[r['case']]}, {r['batch']}", CASE[r["state"]], ROW[r["row"]]]
             for run in ("forward", "forward+backward"):
