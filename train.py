@@ -871,15 +871,15 @@ def estimate(loss, theta, sigma, config, generator):
 def members_at_once(net, config):
     """How many parameter vectors to run at once, where --members does not say; for speed alone.
 
-    Small ones together save overhead; large ones, on a CPU, only miss its cache. The limits, in
-    neurons times images, are measured (benchmarks/population.py).
+    Small ones together save overhead; large ones, on a CPU, only miss its cache. The limit, in
+    neurons times images, is measured (benchmarks/population.py).
     """
     if config["device"] != "cpu":
         return 16
-    limit = {"crown-ibp": 2 ** 18, "deeppoly": 2 ** 16, "alpha-crown": 2 ** 16}
+    limit = 2 ** 21 if config["relax"] in ("box", *ATTACKING) else 2 ** 19
     bounds = preactivation_bounds(net, torch.zeros(1, *config["input_shape"]), 0, "box")
     size = config["batch_size"] * sum(l.numel() for l, _ in bounds)
-    return max(1, min(16, limit.get(config["relax"], 2 ** 21) // size))
+    return max(1, min(16, limit // size))
 
 
 def adapt_sigma(sigma, grad, lr):

@@ -153,7 +153,7 @@ def measure(case, state, row, args):
         calls = {"ours": run(*sides(task, row, None))}
         if args.compile:
             net, margins = sides(task, row, None)
-            calls["compiled"] = run(net, torch.compile(margins))
+            calls["compiled"] = run(net, torch.compile(margins, dynamic=False))
         if mode:
             calls["auto_LiRPA"] = run(*sides(task, row, mode))
             if name == "forward":
