@@ -84,7 +84,8 @@ TABLES = {
                           for opt in ("grad", "rgs")]
         + [("sabr", "grad"), ("mtl-ibp", "grad"), ("box", "pgpe")],
         seeds=3, tries=3, validation=500, samples=1000, timeout=30, sweeps={}),
-    "mnist-cnn3-0.1": dict(MNIST_CNN3, eps=0.1),
+    "mnist-cnn3-0.1": dict(MNIST_CNN3, eps=0.1, sweep_seeds=3,
+                           sweeps={"lr": ((0.002, 0.005), [("deeppoly", "grad")])}),
     "mnist-cnn3-0.3": dict(MNIST_CNN3, eps=0.3, tuned_by="mnist-cnn3-0.1"),
 }
 

@@ -5,8 +5,8 @@
 The standard error of a difference comes from the spread over seeds, sqrt(s1^2 / n1 + s2^2 / n2), or
 from that of the differences between runs of the same seed, which share their initial weights, their
 batches and their test images. p is that of the exact permutation test: the share of all ways to
-deal the runs to two methods that give so large a difference. All are for the settings that tuning chose, and do not know how much
-that choice owes to chance.
+deal the runs to two methods that give so large a difference. All are for the settings that tuning
+chose, and do not know how much that choice owes to chance.
 """
 import json
 import re
@@ -102,6 +102,19 @@ def source(name):
             "one thread, without tuning and sweeps. Mean ± standard deviation over seeds."]
 
 
+def sweeps(name):
+    """One setting after another changed, the others as tuned."""
+    lines = ["| loss, gradient | certified, % | seeds |", "|---|---|---|"]
+    best, cells = experiments.tuned(name), experiments.read(name)
+    for option, (values, methods) in experiments.TABLES[name]["sweeps"].items():
+        for m, value in ((m, value) for m in methods for value in values):
+            found = [c for c in cells if (c["relax"], c["opt"]) == m and "failed" not in c
+                     and c["settings"] == {**best[m], option: value}]
+            lines.append(f"| {', '.join(NAME[part] for part in m)}, {option} {value:g} | "
+                         f"{spread(percent(found, 'certified'))} | {len(found)} |")
+    return lines
+
+
 CASE = {"cnn3": "CNN3 / MNIST", "cnn3-256": "CNN3 / MNIST", "cnn5": "CNN5 / CIFAR-10",
         "cnn7": "CNN7 / CIFAR-10", "init": "initial", "box": "trained by box",
         "deeppoly": "trained by DeepPoly"}
@@ -128,7 +141,8 @@ def speed(name):
     return lines
 
 
-TABLES = {"results": results_table, "differences": differences, "source": source, "speed": speed}
+TABLES = {"results": results_table, "differences": differences, "source": source,
+          "sweeps": sweeps, "speed": speed}
 
 
 def filled(text):
