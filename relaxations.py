@@ -1031,8 +1031,8 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     slope: the lower line of an unstable ReLU, (l, u) -> slope in [0, 1]; see adaptive.
     intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
     memory: a budget in bytes for the passes (None: MEMORY): how many rows go down at once, and how
-        many passes are kept for backward. With room for one row it is not exceeded by much; the
-        ascent of alpha-CROWN may take twice as much.
+        many passes are kept for backward. A single row goes down whatever it takes, and the ascent
+        of alpha-CROWN may take twice the budget.
 
     Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
     """
