@@ -134,7 +134,7 @@ def speed(name):
                 t = r.get(run)
                 columns += [f"{1e3 * t['ours']:.0f}", f"**{t['ratio']:.2f}**" if "ratio" in t
                             else "fails"] if t else ["", ""]
-                memory = t["MiB"] if t else memory
+            memory = r.get("forward+backward", r["forward"]).get("MiB", {})
             columns.append(" : ".join(f"{memory[k]:.0f}" if memory.get(k) else "-"
                                       for k in ("ours", "auto_LiRPA")))
             lines.append("| " + " | ".join(columns) + " |")
