@@ -701,6 +701,8 @@ def parse_args(argv):
     p.add_argument("run", nargs="?", help="run folder of train.py; default: the newest under runs/")
     p.add_argument("--eps", type=number(0, 1), help="radius in pixels; default: the run's")
     p.add_argument("--samples", type=count(1), help="first N test images; default: the run's")
+    p.add_argument("--validation", type=count(0), help="certify the last N training images, not "
+                   "those of the test; 0: those of the test; default: the run's")
     p.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
                    help=f"of {', '.join(STAGES)}; default: all")
     p.add_argument("--timeout", type=number(0, math.inf), default=30.0,
@@ -741,7 +743,7 @@ def main(argv=None):
     folder = Path(args.run) if args.run else newest_run()
     net, config, _ = load_run(folder)
     data = hold_out(load_dataset(config["dataset"], args.data_dir or config["data_dir"]),
-                    config["validation"])
+                    config["validation"] if args.validation is None else args.validation)
     if list(data.x_test.shape[1:]) != config["input_shape"] or data.classes != config["classes"]:
         raise InputError(f"{folder} was trained on images {config['input_shape']} of "
                          f"{config['classes']} classes, but {config['dataset']} has "

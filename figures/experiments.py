@@ -2,17 +2,18 @@
 
     python figures/experiments.py digits                what is missing of the table and the sweeps
     python figures/experiments.py digits --part tune    the search that chose the settings
-    python figures/experiments.py mnist-small-0.1 --part tune table --data-dir DIR
+    python figures/experiments.py mnist-cnn3-0.3 --part tune table --data-dir DIR
 
 Results go to results/NAME.jsonl, one line per cell, as soon as it is finished; a cell whose command
 is there is not run again, so that an interrupted call continues where it stopped. Each of --jobs
 processes uses one thread, so that a cell's result does not depend on how many there are.
 
-Tuning. Every method gets the same number of tries, at seed 0, on images held out from the training
-set; the try with most images certified there is kept (of equals, that with the highest natural
-accuracy). The test set is not used. The tries are the same for all methods (TRIES), or, in the
+Tuning. Every method gets the same number of tries, with the same seeds, on images held out from the
+training set; the try with most images certified there is kept (of equals, that with the highest
+natural accuracy). The test set is not used. The tries are the same for all methods, or, in the
 older tables, drawn by each from one space (SPACE). Everything tried is in the file
-results/NAME-tuning.jsonl, where NAME may be that of another table ("tuned_by").
+results/NAME-tuning.jsonl. Where the training images are few of many, the network that was tuned is
+that of the table, and is not trained again.
 """
 import argparse
 import contextlib
@@ -25,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -54,18 +55,26 @@ SPACE = {   # what tuning draws from; the keys are options of train.py
     "lam": (0.2, 0.4, 0.7),                                  # sabr
 }
 
-TRIES = [   # or the same tries for all methods, each of its own learning rate; keys as above
+TRIES = [   # or tries that are the same for all methods; keys as above
     {"lr": 0.003, "eps-train": 1.0, "l1": 1e-5, "sigma": 0.003, "alpha": 0.1, "lam": 0.4},
     {"lr": 0.002, "eps-train": 1.2, "l1": 0.0, "sigma": 0.01, "alpha": 0.03, "lam": 0.7},
     {"lr": 0.005, "eps-train": 1.0, "l1": 1e-5, "sigma": 0.001, "alpha": 0.3, "lam": 0.2},
 ]
 
-MNIST_CNN3 = dict(
-    common={"dataset": "mnist", "net": "cnn3", "subset": 10000, "epochs": 4, "ramp": 2,
-            "milestones": (3,), "batch-size": 32},
-    methods=[(r, opt) for r in ("box", "crown-ibp", "deeppoly") for opt in ("grad", "rgs")]
-    + [("sabr", "grad"), ("mtl-ibp", "grad"), ("box", "pgpe")],
-    seeds=3, tries=TRIES, validation=300, samples=1000, timeout=10, sweeps={})
+FEW = [(r, opt) for r in ("box", "crown-ibp", "deeppoly") for opt in ("grad", "rgs")] \
+    + [("sabr", "grad"), ("mtl-ibp", "grad")]
+MNIST = {"dataset": "mnist", "net": "cnn3", "subset": 10000, "epochs": 4, "ramp": 2,
+         "milestones": (3,), "batch-size": 32}
+
+
+def rates(*lrs, **others):
+    """Tries that differ in the learning rate alone."""
+    return [dict(lr=lr, **others) for lr in lrs]
+
+
+# common: options of every run.  eps: to certify.  tries: of tuning, for each seed of tuning_seeds,
+# a number (of draws from SPACE) or a list.  validation: images held out for it.  samples: test
+# images that are certified, timeout: seconds for each.  sweeps: {option: (values, methods)}.
 
 TABLES = {
     "digits": dict(
@@ -80,20 +89,38 @@ TABLES = {
     "mnist-small-0.1": dict(
         common={"dataset": "mnist", "net": "small", "subset": 10000, "epochs": 6, "ramp": 2,
                 "milestones": (4, 5), "batch-size": 64},
-        eps=0.1, methods=[(r, opt) for r in ("box", "crown-ibp", "deeppoly")
-                          for opt in ("grad", "rgs")]
-        + [("sabr", "grad"), ("mtl-ibp", "grad"), ("box", "pgpe")],
-        seeds=3, tries=3, validation=500, samples=1000, timeout=30, sweeps={}),
-    "mnist-cnn3-0.1": dict(MNIST_CNN3, eps=0.1, sweep_seeds=3,
-                           sweeps={"lr": ((0.002, 0.005), [("deeppoly", "grad")])}),
-    "mnist-cnn3-0.3": dict(MNIST_CNN3, eps=0.3, tuned_by="mnist-cnn3-0.1"),
+        eps=0.1, methods=FEW + [("box", "pgpe")], seeds=3, tries=3, validation=500, samples=1000, timeout=30, sweeps={}),
+    "mnist-cnn3-0.1": dict(
+        common=MNIST, eps=0.1, methods=FEW + [("box", "pgpe")], seeds=3, tries=TRIES,
+        validation=300, samples=1000, timeout=10, sweep_seeds=3,
+        sweeps={"lr": ((0.002, 0.005), [("deeppoly", "grad")])}),
+    # What is not tuned in the next three: lam by Mueller et al. 2023, alpha by De Palma et al. 2024
+    # (for longer recipes), the rest chosen here.
+    "mnist-cnn3-0.3": dict(
+        common=MNIST | {"validation": 500, "l1": 1e-5}, eps=0.3, methods=FEW, seeds=3,
+        tries=rates(0.002, 0.005, 0.01, sigma=0.01, alpha=0.08, lam=0.6), tuning_seeds=2,
+        validation=400, samples=1000, timeout=5, sweeps={}),
+    "mnist-pgpe-0.1": dict(
+        common={"dataset": "mnist", "net": "small", "subset": 3200, "epochs": 4, "ramp": 2,
+                "milestones": (3,), "batch-size": 32, "validation": 500, "l1": 1e-5},
+        eps=0.1, methods=[(r, "pgpe") for r in ("box", "crown-ibp", "deeppoly")], seeds=3,
+        tries=rates(0.01, sigma=0.01), tuning_seeds=1, validation=400, samples=1000, timeout=5,
+        sweep_seeds=3, sweeps={"lr": ((0.003, 0.03), [("box", "pgpe")])}),
+    "cifar10-cnn3": dict(
+        common={"dataset": "cifar10", "net": "cnn3", "subset": 5000, "epochs": 4, "ramp": 2,
+                "milestones": (3,), "batch-size": 32, "validation": 500, "l1": 1e-5},
+        eps="2/255", methods=FEW, seeds=3, tuning_seeds=2,
+        tries=rates(0.001, 0.003, sigma=0.01, alpha=0.004, lam=0.1),
+        validation=400, samples=1000, timeout=5, sweeps={}),
 }
 
 
 def settings(method, draw, eps):
     """Options of train.py for one method from a draw of SPACE."""
     relax, opt = method
-    chosen = {k: draw[k] for k in ("lr", "l1")} | {"eps-train": round(eps * draw["eps-train"], 6)}
+    chosen = {k: draw[k] for k in ("lr", "l1") if k in draw}
+    if "eps-train" in draw:
+        chosen["eps-train"] = round(eps * draw["eps-train"], 6)
     if opt != "grad":
         chosen["sigma"] = draw["sigma"]
     if relax == "mtl-ibp":
@@ -124,27 +151,35 @@ def tries(table, method):
     return list(drawn.values())
 
 
+def held_out(table):
+    """Options of a tuning run that one of the table does not have."""
+    return {} if "validation" in table["common"] else {"validation": table["validation"]}
+
+
 def tuning_cells(table):
-    return [(method, 0, settings(method, draw, table["eps"]), {"validation": table["validation"]})
-            for method in table["methods"] for draw in tries(table, method)]
+    return [(method, seed, settings(method, draw, table["eps"]), held_out(table))
+            for method in table["methods"] for draw in tries(table, method)
+            for seed in range(table.get("tuning_seeds", 1))]
 
 
 def tuned(name):
     """{method: its best settings on the validation images}."""
-    source = TABLES[name].get("tuned_by", name)
-    best, table = {}, TABLES[source]
-    known = {cell["train"]: cell for cell in read(f"{source}-tuning")}
-    for method, draw in ((m, draw) for m in table["methods"] for draw in tries(table, m)):
-        words = command(table, method, 0, settings(method, draw, table["eps"]),
-                        validation=table["validation"])
+    best, table = {}, TABLES[name]
+    known = {cell["train"]: cell for cell in read(f"{name}-tuning")}
+    scores = defaultdict(lambda: (0, 0))                   # of a method and its settings
+    for method, seed, chosen, more in tuning_cells(table):
+        words = command(table, method, seed, chosen, **more)
         cell = known.get("python train.py " + " ".join(words))
         if cell is None:
-            sys.exit(f"{'/'.join(method)} of {source} is not tuned; run: python "
-                     f"figures/experiments.py {source} --part tune")
-        score = cell.get("certified", -1), cell.get("natural", -1)             # -1: it failed
+            sys.exit(f"{'/'.join(method)} of {name} is not tuned; run: python "
+                     f"figures/experiments.py {name} --part tune")
+        key = method, tuple(chosen.items())
+        scores[key] = tuple(a + cell.get(k, -1) for a, k in zip(scores[key],        # -1: it failed
+                                                                ("certified", "natural")))
+    for (method, chosen), score in scores.items():
         if method not in best or score > best[method][0]:
-            best[method] = score, draw
-    return {m: settings(m, draw, TABLES[name]["eps"]) for m, (_, draw) in best.items()}
+            best[method] = score, dict(chosen)
+    return {m: chosen for m, (_, chosen) in best.items()}
 
 
 def table_cells(name, table):
@@ -205,10 +240,11 @@ def run_cell(words, certify_words, data_dir):
         folder = train_cell(words, data_dir)
     except FloatingPointError as e:
         return dict(failed=str(e).split(";")[0])
+    verdicts = folder / f"{'-'.join(w.lstrip('-') for w in certify_words)}.jsonl"
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        certify.main([str(folder), *certify_words, "--data-dir", data_dir, "--device", "cpu"])
-    lines = next(folder.glob("certify-*.jsonl")).read_text().splitlines()
-    verdicts = [json.loads(line) for line in lines][1:]
+        certify.main([str(folder), *certify_words, "--data-dir", data_dir, "--device", "cpu",
+                      "--out", str(verdicts)])
+    verdicts = [json.loads(line) for line in verdicts.read_text().splitlines()][1:]
     assert str(len(verdicts)) == certify_words[certify_words.index("--samples") + 1]
     status, stage = (Counter(v[k] for v in verdicts) for k in ("status", "stage"))
     log = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
@@ -221,7 +257,7 @@ def run_cell(words, certify_words, data_dir):
                 certify_seconds=round(sum(v["seconds"] for v in verdicts), 2), curve=curve)
 
 
-def run(name, file, cells, table, args):
+def run(name, file, cells, table, args, tuning=False):
     """Run the cells that file does not have yet, and append them to it."""
     known = {cell["train"] for cell in read(file)}
     machine = dict(commit=commit(), processor=processor(), threads=1, jobs=args.jobs,
@@ -240,8 +276,10 @@ def run(name, file, cells, table, args):
             open(RESULTS / f"{file}.jsonl", "a") as out:
         jobs = {}
         for line, (method, seed, chosen, words, more) in todo.items():
-            samples = more.get("validation") or table["samples"] or 360
+            samples = table["validation"] if tuning else table["samples"] or 360
             cert = ["--samples", str(samples), "--timeout", str(table["timeout"])]
+            if not tuning and not held_out(table):
+                cert += ["--validation", "0"]              # the test images after all
             jobs[pool.submit(run_cell, words, cert, args.data_dir)] = line, cert
         for i, job in enumerate(as_completed(jobs)):
             if job.exception():                                # or else all others would run first
@@ -269,7 +307,8 @@ def main():
     args = p.parse_args()
     table = TABLES[args.name]
     if "tune" in args.part:
-        run(args.name, f"{args.name}-tuning", tuning_cells(table), table, args)
+        run(args.name, f"{args.name}-tuning", tuning_cells(table), table, args,
+            tuning=True)
     if "table" in args.part:
         run(args.name, args.name, table_cells(args.name, table), table, args)
     if "sweeps" in args.part and table["sweeps"]:
