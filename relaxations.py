@@ -53,9 +53,9 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 
 RELAXATIONS = ("box", "crown-ibp", "deeppoly", "alpha-crown")
-# Rows are bounded in passes. The most coefficients of one, where larger ones are no faster; and the
-# memory that all passes of a call may hold, by default, in bytes (on a GPU: half of what it has).
-CHUNK, MEMORY = {"cpu": 2 ** 23, "cuda": 2 ** 27, "mps": 2 ** 27}, {"cpu": 2 ** 32, "mps": 2 ** 33}
+# Rows are bounded in passes. The most coefficients of a map in one, where larger ones are no faster;
+# and the memory that the passes of a call may hold, by default, in bytes (GPU: half of what it has).
+CHUNK, MEMORY = {"cpu": 2 ** 23, "cuda": 2 ** 27, "mps": 2 ** 27}, {"cpu": 2 ** 31, "mps": 2 ** 32}
 # The ascent of alpha-CROWN: its length, and Adam's first step for slopes and for multipliers.
 STEPS, RATES = 20, (0.3, 0.2)
 
@@ -595,11 +595,23 @@ def _dot(A, v):
     return _Dot.apply(A, v)
 
 
-def _lower_bounds(A, d, window, shape, rows, stages, bottom, relus, box, free=None, trace=None):
+def _seen_below(rows, window, shape, stages, bottom, relus, box):
+    """What the rows see on their way down through the stages, bottom first: of the box the stages
+    start from, lower and upper bounds, and of each ReLU between them the two lines."""
+    seen = []
+    for s in range(len(stages) - 1, bottom - 1, -1):
+        for op in reversed(stages[s]):
+            window, shape = _below(window, op), op.in_shape
+        maps = relus[s - 1] if s > bottom else box
+        seen.append([_take(t, window, shape, rows) for t in maps])
+    return seen[::-1]
+
+
+def _lower_bounds(A, d, window, shape, rows, stages, bottom, seen, free=None, trace=None):
     """Sound lower bounds, (P, B, G, R), of A h + d, where h are the outputs of stages[-1].
 
     Substitutes backwards through the stages and the ReLUs between them, down to and with
-    stages[bottom], whose inputs lie in box. shape is that of h, rows and window say what A sees.
+    stages[bottom]. shape is that of h, rows and window say what A sees, seen is _seen_below.
     free: {s: Free} for the ReLU after stages[s], to use instead of the rule's lower slope; where it
     lacks one, the rule's is used and put in. trace: a list that collects the coefficients of each
     ReLU's outputs, top down, and last of the inputs.
@@ -609,15 +621,15 @@ def _lower_bounds(A, d, window, shape, rows, stages, bottom, relus, box, free=No
         for n, op in enumerate(reversed(stages[s])):
             if window is not None and window.padding != (0, 0) and (n > 0 or s == top):
                 # No ReLU has been between this layer and the last, so A is not yet 0 on padding.
-                inside = A.new_ones(()).expand(1, box[0].shape[1] if rows.picked else 1,
-                                               torch.Size(shape).numel())
-                A = A * _take(inside, window, shape, rows)
+                inside = A.new_ones(1, 1, torch.Size(shape).numel())
+                of_one = rows._replace(sample=0 * rows.sample) if rows.picked else rows
+                A = A * _take(inside, window, shape, of_one)
             A, d, window = _through_affine(A, d, window, op, rows)
             shape = op.in_shape
         if trace is not None:
             trace.append(A)
         if s > bottom:
-            lower, upper, intercept = (_take(t, window, shape, rows) for t in relus[s - 1])
+            lower, upper, intercept = seen[s - bottom]
             multiplier = None
             if free is not None:
                 if s - 1 not in free:
@@ -625,7 +637,7 @@ def _lower_bounds(A, d, window, shape, rows, stages, bottom, relus, box, free=No
                     free[s - 1] = Free(each, limits=(upper.floor(), upper.ceil()))
                 lower, multiplier = free[s - 1][:2]
             A, d = _through_relu(A, d, lower, upper, intercept, multiplier)
-    return _minimum(A, d, *(_take(t, window, shape, rows) for t in box))
+    return _minimum(A, d, *seen[0])
 
 
 def _map_shapes(stages):
@@ -636,15 +648,15 @@ def _map_shapes(stages):
     return shapes[::-1]
 
 
-def _widest(window, shape, ops):
-    """The most coefficients that one row holds on its way down through ops."""
-    most = 0
+def _sizes(window, shape, ops):
+    """The numbers of coefficients that one row holds, one after another, going down through ops."""
+    sizes = []
     for op in [*reversed(ops), None]:
         kernel = shape[1:] if window is None else window.kernel
-        most = max(most, shape[0] * torch.Size(kernel).numel())
+        sizes.append(shape[0] * torch.Size(kernel).numel())
         if op is not None:
             window, shape = _below(window, op), op.in_shape
-    return most
+    return sizes
 
 
 def _first_rows(op):
@@ -697,34 +709,44 @@ def _first_relu(W, c, window, rows, relu, op):
     return start
 
 
-class Passes(NamedTuple):
-    """How a memory budget is spent."""
-    chunk: int      # coefficients that one pass may hold
-    kept: int       # passes of a layer that keep what their backward passes need
+class Budget:
+    """Bytes that the passes of one call may hold: half for what the first ones keep for backward, a
+    quarter for the one at work, a quarter for what they share."""
+
+    def __init__(self, memory, t):
+        if memory is None and t.is_cuda:
+            memory = torch.cuda.get_device_properties(t.device).total_memory // 2
+        elif memory is None:
+            memory = MEMORY[t.device.type]
+        self.chunk, self.number = CHUNK[t.device.type], t.element_size()
+        self.at_work, self.left = int(memory) // 4, int(memory) // 2
+
+    def rows(self, sizes, held):
+        """How many rows of so many coefficients fit into a pass, and the bytes that each keeps.
+
+        held: numbers for each coefficient: it before and after its ReLU, and lines of its own.
+        """
+        keeps = held * sum(sizes) * self.number
+        works = keeps + 3 * max(sizes) * self.number                   # 3: what backward adds
+        return min(self.chunk // max(sizes), self.at_work // works), keeps
+
+    def run(self, bound, jobs, cost):
+        """bound(*job) of all jobs, one after another. Those that the budget does not let keep what
+        backward needs, cost bytes each, compute it again there: a third more time."""
+        results = []
+        for job in jobs:
+            if not torch.is_grad_enabled():
+                results.append(bound(*job))
+            elif cost <= self.left:
+                self.left -= cost
+                results.append(bound(*job))
+            else:
+                results.append(checkpoint(bound, *job, use_reentrant=False,
+                                          preserve_rng_state=False))
+        return results
 
 
-def _passes(memory, t, layers):
-    """The passes for numbers like t through so many layers, within so many bytes (None: MEMORY)."""
-    if memory is None and t.is_cuda:
-        memory = torch.cuda.get_device_properties(t.device).total_memory // 2
-    elif memory is None:
-        memory = MEMORY[t.device.type]
-    held = 4 * t.element_size()   # bytes for each coefficient: what autograd keeps, and temporaries
-    chunk = max(1, min(CHUNK[t.device.type], int(memory) // (2 * layers * held)))
-    return Passes(chunk, max(0, (int(memory) // (held * chunk) - 1) // layers))   # 1: temporaries
-
-
-def _in_passes(bound, jobs, kept):
-    """Results of all jobs, one after another. The first ones keep what their backward passes need,
-    the others compute it again, which costs a third more time: the memory stays bounded."""
-    if not torch.is_grad_enabled():
-        return [bound(*job) for job in jobs]
-    return [bound(*job) for job in jobs[:kept]] + [
-        checkpoint(bound, *job, use_reentrant=False, preserve_rng_state=False)
-        for job in jobs[kept:]]
-
-
-def _back_substituted(s, stages, relus, box, passes):
+def _back_substituted(s, stages, relus, box, budget):
     """Textbook bounds (l, u) of every pre-activation of stage s, (P, B, N) each.
 
     An upper bound of z_j is minus a lower bound of -z_j, so each neuron gives two rows.
@@ -742,24 +764,30 @@ def _back_substituted(s, stages, relus, box, passes):
             A, d = W[:, :, o], c[:, :, o]
             return (torch.cat([A, -A], 2).view(P, 1, 1, -1, A.shape[-1]),
                     torch.cat([d, -d], 2).view(P, 1, 1, -1))
-    pairs = max(1, passes.chunk // (2 * P * G * _widest(window, shape, sum(below, []))))
-    samples, channels = min(B, pairs), max(1, pairs // B)
+    fit, keeps = budget.rows(_sizes(window, shape, sum(below, [])), held=2)
+    pairs = max(1, fit // (2 * P * G))
+    samples, channels = min(B, pairs), min(O, max(1, pairs // B))
+    starts = range(0, O, channels)
 
-    def bound(b, o):
-        i = slice(b, b + samples)
-        A, d = start(i, slice(o, o + channels))
-        some = [[t[:, i] for t in maps] for maps in (*relus[:len(below) - 1], box)]
-        low = _lower_bounds(A, d, window, shape, rows, below, 0, some[:-1], some[-1])
+    def jobs():
+        for b in range(0, B, samples):
+            i = slice(b, b + samples)
+            maps = [[t[:, i] for t in some] for some in (*relus[:len(below) - 1], box)]
+            seen = _seen_below(rows, window, shape, below, 0, maps[:-1], maps[-1])
+            yield from ((i, slice(o, o + channels), seen) for o in starts)
+
+    def bound(i, o, seen):
+        A, d = start(i, o)
+        low = _lower_bounds(A, d, window, shape, rows, below, 0, seen)
         return low.view(P, low.shape[1], G, 2, -1).transpose(2, 4)             # (P, b, o, 2, G)
 
-    starts = range(0, O, channels)
-    low = _in_passes(bound, [(b, o) for b in range(0, B, samples) for o in starts], passes.kept)
+    low = budget.run(bound, jobs(), keeps * 2 * P * G * samples * channels)
     n = len(starts)
     low = torch.cat([torch.cat(low[i:i + n], 2) for i in range(0, len(low), n)], 1)
     return low[:, :, :, 0].flatten(2), -low[:, :, :, 1].flatten(2)
 
 
-def _tightened(l, u, s, stages, relus, box, passes, steps=0):
+def _tightened(l, u, s, stages, relus, box, budget, steps=0):
     """(l, u), tightened by back-substitution of the neurons that it leaves unstable, only those.
 
     With steps, each row raises its own bound over its own lower slopes (alpha-CROWN).
@@ -770,7 +798,7 @@ def _tightened(l, u, s, stages, relus, box, passes, steps=0):
     if not len(member):
         return l, u
     if len(member) > l.numel() / 2 and not steps:    # picking most rows costs more than all at once
-        low, high = _back_substituted(s, stages, relus, box, passes)
+        low, high = _back_substituted(s, stages, relus, box, budget)
         return (torch.where(unstable, torch.maximum(l, low), l),
                 torch.where(unstable, torch.minimum(u, high), u))
     W, c, window, rows = _first_rows(op)
@@ -780,20 +808,21 @@ def _tightened(l, u, s, stages, relus, box, passes, steps=0):
     slot = torch.arange(len(member), device=l.device) - (counts.cumsum(0) - counts)[member]
     picks = member.new_zeros(P, int(counts.max()))
     picks[member, slot] = sample * G * O + neuron
-    U = max(1, passes.chunk // (2 * P * _widest(window, op.in_shape, sum(below, []))))
+    fit, keeps = budget.rows(_sizes(window, op.in_shape, sum(below, [])), held=4)
+    U = min(picks.shape[1], max(1, fit // (2 * P)))
 
     def bound(t):
         p = torch.arange(P, device=l.device)[:, None]
         b, j = picks[:, t:t + U] // (G * O), picks[:, t:t + U] % (G * O)
         entry = (p, j % G if W.shape[1] > 1 else 0, j // G)
         A, d = torch.stack((W[entry], -W[entry]), 2), torch.stack((c[entry], -c[entry]), 2)
-        def low(free):
-            return _lower_bounds(A[:, :, None], d[:, :, None], window, op.in_shape,
-                                 Rows(rows.positions, p * B + b, j % G), below, 0, relus, box, free)
-
+        which = Rows(rows.positions, p * B + b, j % G)
+        seen = _seen_below(which, window, op.in_shape, below, 0, relus, box)
+        low = lambda free: _lower_bounds(A[:, :, None], d[:, :, None], window, op.in_shape, which,
+                                         below, 0, seen, free)
         return _with_best_slopes(low, steps).view(P, -1, 2)
 
-    low = _in_passes(bound, [(t,) for t in range(0, picks.shape[1], U)], passes.kept)
+    low = budget.run(bound, [(t,) for t in range(0, picks.shape[1], U)], keeps * 2 * P * U)
     low = torch.cat(low, 1)[member, slot]
     return (l.index_put(where, torch.maximum(l[where], low[:, 0])),
             u.index_put(where, torch.minimum(u[where], -low[:, 1])))
@@ -915,11 +944,12 @@ def subdomain_bounds(stages, sub, steps=0, target=torch.inf, trace=None):
     def bound(choices):
         parts = ([_channels_last(part, shape)
                   for part, shape in zip(by_relu(t, 1, -1, 1, 1), shapes[1:])] for t in choices)
-        return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, shapes[-1], Rows((1, 1)), stages,
-                             0, relus, sub.box, {s: Free(*p) for s, p in enumerate(zip(*parts))},
-                             found)[0, :, 0, 0]
+        return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, shapes[-1], rows, stages, 0, seen,
+                             {s: Free(*p) for s, p in enumerate(zip(*parts))}, found)[0, :, 0, 0]
 
+    rows = Rows((1, 1))
     relus = [relax_relu(l, u) for l, u in zip(by_relu(sub.l, 1, -1), by_relu(sub.u, 1, -1))]
+    seen = _seen_below(rows, None, shapes[-1], stages, 0, relus, sub.box)
     A = _channels_last(sub.rows, shapes[-1])[None, :, None, None]
     found = None if trace is None else []
     upper, zero = torch.cat([sub.l[:, :0], *(relu.upper[0] for relu in relus)], -1), 0 * sub.signs
@@ -970,7 +1000,7 @@ def prepare(net, x, eps, relax, params):
 
 def _intermediate(stages, box, relax, slope, skip_stable, memory, steps=0):
     """Bounds [(l, u), ...] before each ReLU, (P, B, N) each."""
-    passes = _passes(memory, box[0], len(stages))
+    budget = Budget(memory, box[0])
     bounds, relus, inputs = [], [], box
     for s, ops in enumerate(stages[:-1]):
         # Interval bounds of a single first layer are exact: nothing is gained by substitution.
@@ -978,11 +1008,11 @@ def _intermediate(stages, box, relax, slope, skip_stable, memory, steps=0):
         if not substitute or skip_stable:
             l, u = interval(ops, *inputs)
         if substitute and skip_stable:
-            l, u = _tightened(l, u, s, stages, relus, box, passes)
+            l, u = _tightened(l, u, s, stages, relus, box, budget)
         elif substitute:
-            l, u = _back_substituted(s, stages, relus, box, passes)
+            l, u = _back_substituted(s, stages, relus, box, budget)
         if substitute and relax == "alpha-crown":
-            l, u = _tightened(l, u, s, stages, relus, box, passes, steps)
+            l, u = _tightened(l, u, s, stages, relus, box, budget, steps)
         bounds.append((l, u))
         relus += [relax_relu(l, u, slope)] if relax in ("deeppoly", "alpha-crown") else []
         inputs = F.relu(l), F.relu(u)
@@ -1064,20 +1094,18 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
             labels, of = labels.unique(return_inverse=True)
         A = _channels_last(eye[labels][:, None] - eye, top)[None, :, None]   # (1, B or U, 1, K, K)
         A = A.flatten(1, 3)[:, None, None] if bottom else A
-
-        def low(free):
-            return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, top, Rows((1, 1)), stages,
-                                 bottom, some[:-1], some[-1], free)
-
+        seen = _seen_below(rows, None, top, stages, bottom, some[:-1], some[-1])
+        low = lambda free: _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, top, rows, stages,
+                                         bottom, seen, free)
         low = _with_best_slopes(low, steps if relax == "alpha-crown" else 0)[:, :, 0]
         return low.unflatten(-1, (-1, K))[:, torch.arange(len(of)), of] if bottom else low
 
-    top = _map_shapes(stages)[-1]
-    widest = _widest(None, top, sum(stages[bottom:], []))
-    passes = _passes(memory, x, len(stages))
-    samples = max(1, passes.chunk // (_population(params) * K * widest))
-    low = _in_passes(bound, [(b,) for b in range(0, len(x), samples)], passes.kept)
-    low = torch.cat(low, 1)
+    rows, top, budget = Rows((1, 1)), _map_shapes(stages)[-1], Budget(memory, x)
+    each, sizes = _population(params) * K, _sizes(None, top, sum(stages[bottom:], []))
+    fit, keeps = budget.rows(sizes, held=2)
+    samples = min(len(x), max(1, fit // each))
+    jobs = [(b,) for b in range(0, len(x), samples)]
+    low = torch.cat(budget.run(bound, jobs, keeps * each * samples), 1)
     if relax == "alpha-crown" and intermediate is None:     # tighter bounds may flip a rule's slope
         deeppoly = margin_lower_bounds(net, x, y, eps, "deeppoly", params, skip_stable, slope=slope,
                                        memory=memory)
