@@ -102,7 +102,7 @@ TABLES = {
         tries=rates(0.002, 0.005, sigma=0.01, alpha=0.08, lam=0.6), tuning_seeds=2,
         validation=400, samples=1000, timeout=5, sweeps={}),
     "mnist-pgpe-0.1": dict(
-        common={"dataset": "mnist", "net": "small", "subset": 3200, "epochs": 4, "ramp": 2,
+        common={"dataset": "mnist", "net": "small", "subset": 2400, "epochs": 4, "ramp": 2,
                 "milestones": (3,), "batch-size": 32, "validation": 500, "l1": 1e-5},
         eps=0.1, methods=[(r, "pgpe") for r in ("box", "crown-ibp", "deeppoly")], seeds=3,
         tries=rates(0.01, sigma=0.01), tuning_seeds=1, validation=400, samples=1000, timeout=5,
