@@ -984,12 +984,13 @@ def test_sigma_step_by_hand():
     assert step.tolist() == pytest.approx([0.45, 0.6, 0.4])
 
 
-def test_readme_has_the_tables_of_the_results(monkeypatch):
+def test_pages_have_the_tables_of_the_results(monkeypatch):
     root = Path(train.__file__).parent
     monkeypatch.syspath_prepend(root / "figures")
     import tables
-    readme = (root / "README.md").read_text()
-    assert tables.filled(readme) == readme and readme.count("<!-- end -->") >= 3
+    pages = [page.read_text() for page in tables.PAGES]
+    assert [tables.filled(page) for page in pages] == pages
+    assert all("<!-- end -->" in page for page in pages)
     # 5 and 5 runs, all of one above all of the other: 2 of 252 ways to deal them are as extreme
     assert tables.permutation_test([6., 7, 8, 9, 10], [1., 2, 3, 4, 5]) == pytest.approx(2 / 252)
     assert tables.permutation_test([1., 2], [1., 2]) == 1

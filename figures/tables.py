@@ -1,4 +1,4 @@
-"""The README's tables, from results/: no number in them is typed by hand.
+"""The tables of the README pages, from results/: no number in them is typed by hand.
 
     python figures/tables.py            rewrites what stands between the <!-- table --> marks
 
@@ -63,6 +63,25 @@ def results_table(name):
                    ", ".join(f"{k} {v:g}" for k, v in cells[0]["settings"].items()),
                    str(len(cells))]
         lines.append("| " + " | ".join(columns) + " |")
+    return lines
+
+
+TITLE = {"digits": "digits", "mnist-cnn3-0.1": "MNIST, 0.1", "mnist-cnn3-0.3": "MNIST, 0.3",
+         "mnist-pgpe-0.1": "MNIST, 0.1, small", "cifar10-cnn3": "CIFAR-10, 2/255"}
+
+
+def summary(names):
+    """What is certified: a row for each loss, a column for each table and gradient."""
+    found = {name: table_cells(name) for name in names.split(",")}
+    columns = [(name, opt) for name in found for opt in ("grad", "rgs", "pgpe")
+               if any(method[1] == opt for method in found[name])]
+    lines = ["| certified, % | " + " | ".join(f"{TITLE[name]}, {NAME[opt]}"
+                                              for name, opt in columns) + " |",
+             "|" + "---|" * (len(columns) + 1)]
+    for relax in dict.fromkeys(method[0] for cells in found.values() for method in cells):
+        runs = [found[name].get((relax, opt)) for name, opt in columns]
+        lines.append("| " + " | ".join([NAME[relax], *(
+            spread(percent(cells, "certified")) if cells else "" for cells in runs)]) + " |")
     return lines
 
 
@@ -142,16 +161,17 @@ def speed(name):
 
 
 TABLES = {"results": results_table, "differences": differences, "source": source,
-          "sweeps": sweeps, "speed": speed}
+          "sweeps": sweeps, "speed": speed, "summary": summary}
+PAGES = [experiments.ROOT / folder / "README.md" for folder in (".", "results", "benchmarks")]
 
 
 def filled(text):
-    """The README with its tables made anew."""
+    """A page with its tables made anew."""
     def fill(match):
         return "\n".join([match[1], *TABLES[match[2]](match[3]), match[4]])
     return re.sub(r"(<!-- (\S+) (\S+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.S)
 
 
 if __name__ == "__main__":
-    path = experiments.ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
