@@ -53,8 +53,8 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 
 RELAXATIONS = ("box", "crown-ibp", "deeppoly", "alpha-crown")
-# Rows are bounded in passes. The most coefficients of a map in one, where larger ones are no faster;
-# and the memory that the passes of a call may hold, by default, in bytes (GPU: half of what it has).
+# Rows are bounded in passes. The most coefficients at once in one, where more are no faster; and
+# the memory that the passes of a call may hold, by default, in bytes (on a GPU: half of it).
 CHUNK, MEMORY = {"cpu": 2 ** 23, "cuda": 2 ** 27, "mps": 2 ** 27}, {"cpu": 2 ** 31, "mps": 2 ** 32}
 # The ascent of alpha-CROWN: its length, and Adam's first step for slopes and for multipliers.
 STEPS, RATES = 20, (0.3, 0.2)

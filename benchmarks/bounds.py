@@ -15,6 +15,7 @@ On a CPU much depends on the allocator: train.py tells it to keep freed memory (
 helps auto_LiRPA even more. By default both get this help here; --fresh-memory denies it to both.
 
 --compile also lets our side under torch.compile take its turn (it needs a C++ compiler).
+--profile shows instead where our forward pass spends its time.
 """
 import argparse
 import contextlib
@@ -22,10 +23,14 @@ import importlib.util
 import io
 import os
 import sys
+import time
 import warnings
+from collections import Counter
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 
@@ -174,6 +179,38 @@ def measure(case, state, row, args):
     return result
 
 
+def profile(case, state, row, args):
+    """Print the seconds of one forward pass by operation and by what it works on."""
+    spent, calls = Counter(), Counter()
+
+    def timed(name, operation):
+        def call(*given, **options):
+            start = time.perf_counter()
+            result = operation(*given, **options)
+            end = time.perf_counter()
+            shape = (result if name == "gather" else given[0]).shape
+            key = name, shape[2], shape[-1]
+            spent[key] += end - start
+            calls[key] += 1
+            return result
+        return call
+
+    task = problem(case, state, args.data_dir, args.device)
+    call = forward(*sides(task, row, None))
+    call()
+    names = {"affine": "_through_affine", "relu": "_through_relu", "minimum": "_minimum",
+             "gather": "_take"}
+    with contextlib.ExitStack() as stack:
+        for name, function in names.items():
+            stack.enter_context(mock.patch.object(
+                relaxations, function, timed(name, getattr(relaxations, function))))
+        total = common.seconds(call, args.device)
+    print(f"{case} {state} {row}: {total:.2f} s")
+    for key, t in spent.most_common(12):
+        print("  {:5.1f} %  {:4} calls  {:8} at {:4} positions, {:6} coefficients a row".format(
+            100 * t / total, calls[key], *key))
+
+
 def line(r):
     def one(name):
         if name not in r:
@@ -201,11 +238,16 @@ def main():
     p.add_argument("--no-peer", dest="peer", action="store_false", help="without auto_LiRPA")
     p.add_argument("--no-memory", dest="memory", action="store_false")
     p.add_argument("--compile", action="store_true", help="time torch.compile of ours, too")
+    p.add_argument("--profile", action="store_true", help="where our time goes, instead")
     p.add_argument("--out", help="a JSON file")
     p.add_argument("--fresh-memory", action="store_true", help="leave the allocator as it is")
     args = p.parse_args()
     if not args.fresh_memory:
         train.keep_memory()
+    if args.profile:
+        for case, state, row in product(args.cases, args.states, args.rows):
+            profile(case, state, row, args)
+        return
     args.peer = args.peer and importlib.util.find_spec("auto_LiRPA") is not None
     print(f"{'':30}{'forward: ms ours, theirs, ratio, MiB':42}{'forward + backward':42}difference")
     results = []

@@ -12,8 +12,8 @@ Tuning. Every method gets the same number of tries, with the same seeds, on imag
 training set; the try with most images certified there is kept (of equals, that with the highest
 natural accuracy). The test set is not used. The tries are the same for all methods, or, in the
 older tables, drawn by each from one space (SPACE). Everything tried is in the file
-results/NAME-tuning.jsonl. Where the training images are few of many, the network that was tuned is
-that of the table, and is not trained again.
+results/NAME-tuning.jsonl. A network that was tuned may be one of the table: then it
+is not trained again.
 """
 import argparse
 import contextlib
@@ -65,6 +65,7 @@ FEW = [(r, opt) for r in ("box", "crown-ibp", "deeppoly") for opt in ("grad", "r
     + [("sabr", "grad"), ("mtl-ibp", "grad")]
 MNIST = {"dataset": "mnist", "net": "cnn3", "subset": 10000, "epochs": 4, "ramp": 2,
          "milestones": (3,), "batch-size": 32}
+HELD_OUT = {"validation": 500, "l1": 1e-5}               # also of the runs of the table
 
 
 def rates(*lrs, **others):
@@ -73,8 +74,9 @@ def rates(*lrs, **others):
 
 
 # common: options of every run.  eps: to certify.  tries: of tuning, for each seed of tuning_seeds,
-# a number (of draws from SPACE) or a list.  validation: images held out for it.  samples: test
-# images that are certified, timeout: seconds for each.  sweeps: {option: (values, methods)}.
+# a number (of draws from SPACE) or a list; one alone needs no tuning.  validation: images it is
+# scored on.  samples: test images that are certified, timeout: seconds for each.  sweeps: {option:
+# (values, methods)}.
 
 TABLES = {
     "digits": dict(
@@ -89,30 +91,30 @@ TABLES = {
     "mnist-small-0.1": dict(
         common={"dataset": "mnist", "net": "small", "subset": 10000, "epochs": 6, "ramp": 2,
                 "milestones": (4, 5), "batch-size": 64},
-        eps=0.1, methods=FEW + [("box", "pgpe")], seeds=3, tries=3, validation=500, samples=1000, timeout=30, sweeps={}),
+        eps=0.1, methods=FEW + [("box", "pgpe")], seeds=3, tries=3, validation=500, samples=1000,
+        timeout=30, sweeps={}),
     "mnist-cnn3-0.1": dict(
         common=MNIST, eps=0.1, methods=FEW + [("box", "pgpe")], seeds=3, tries=TRIES,
         validation=300, samples=1000, timeout=10, sweep_seeds=3,
         sweeps={"lr": ((0.002, 0.005), [("deeppoly", "grad")])}),
-    # What is not tuned in the next three: lam by Mueller et al. 2023, alpha by De Palma et al. 2024
-    # (for longer recipes), the rest chosen here.
+    # From here on, one learning rate for all methods: of those tried with three of them, the best
+    # on held-out images. lam by Mueller et al. 2023, alpha by De Palma et al. 2024 (for longer
+    # recipes), sigma that of train.py.
+    "mnist-cnn3-0.3-rates": dict(
+        common=MNIST | HELD_OUT, eps=0.3, methods=FEW[:3], tuning_seeds=2, validation=400,
+        tries=rates(0.002, 0.005, 0.01, sigma=0.01), timeout=5),
     "mnist-cnn3-0.3": dict(
-        common=MNIST | {"validation": 500, "l1": 1e-5}, eps=0.3, methods=FEW, seeds=3,
-        # 0.01 was tried for box and CROWN-IBP: of two seeds one learnt nothing
-        tries=rates(0.002, 0.005, sigma=0.01, alpha=0.08, lam=0.6), tuning_seeds=2,
-        validation=400, samples=1000, timeout=5, sweeps={}),
+        common=MNIST | HELD_OUT, eps=0.3, methods=FEW, seeds=3,
+        tries=rates(0.005, sigma=0.01, alpha=0.08, lam=0.6), samples=1000, timeout=5, sweeps={}),
     "mnist-pgpe-0.1": dict(
-        common={"dataset": "mnist", "net": "small", "subset": 2400, "epochs": 4, "ramp": 2,
-                "milestones": (3,), "batch-size": 32, "validation": 500, "l1": 1e-5},
-        eps=0.1, methods=[(r, "pgpe") for r in ("box", "crown-ibp", "deeppoly")], seeds=3,
-        tries=rates(0.01, sigma=0.01), tuning_seeds=1, validation=400, samples=1000, timeout=5,
-        sweep_seeds=3, sweeps={"lr": ((0.003, 0.03), [("box", "pgpe")])}),
+        common=MNIST | HELD_OUT | {"net": "small", "subset": 2400}, eps=0.1, seeds=3,
+        methods=[(r, "pgpe") for r in ("box", "crown-ibp", "deeppoly")],
+        tries=rates(0.01, sigma=0.01), samples=1000, timeout=5, sweep_seeds=3,
+        sweeps={"lr": ((0.003, 0.03), [("box", "pgpe")])}),
     "cifar10-cnn3": dict(
-        common={"dataset": "cifar10", "net": "cnn3", "subset": 4000, "epochs": 4, "ramp": 2,
-                "milestones": (3,), "batch-size": 32, "validation": 500, "l1": 1e-5},
-        eps="2/255", methods=FEW, seeds=3, tuning_seeds=1,
-        tries=rates(0.002, 0.005, sigma=0.01, alpha=0.004, lam=0.1),
-        validation=400, samples=1000, timeout=5, sweeps={}),
+        common=MNIST | HELD_OUT | {"dataset": "cifar10", "subset": 4000}, eps="2/255", seeds=3,
+        methods=FEW, tries=rates(0.005, sigma=0.01, alpha=0.004, lam=0.1), samples=1000, timeout=5,
+        sweeps={}),
 }
 
 
@@ -166,6 +168,8 @@ def tuning_cells(table):
 def tuned(name):
     """{method: its best settings on the validation images}."""
     best, table = {}, TABLES[name]
+    if isinstance(table["tries"], list) and len(table["tries"]) == 1:
+        return {m: settings(m, *table["tries"], table["eps"]) for m in table["methods"]}
     known = {cell["train"]: cell for cell in read(f"{name}-tuning")}
     scores = defaultdict(lambda: (0, 0))                   # of a method and its settings
     for method, seed, chosen, more in tuning_cells(table):
