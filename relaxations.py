@@ -653,7 +653,8 @@ def _sizes(window, shape, ops):
     sizes = []
     for op in [*reversed(ops), None]:
         kernel = shape[1:] if window is None else window.kernel
-        sizes.append(shape[0] * torch.Size(kernel).numel())
+        size = shape[0] * torch.Size(kernel).numel()
+        sizes.append(size if window is None else size + -size % 16)            # as _padded
         if op is not None:
             window, shape = _below(window, op), op.in_shape
     return sizes
@@ -710,8 +711,8 @@ def _first_relu(W, c, window, rows, relu, op):
 
 
 class Budget:
-    """Bytes that the passes of one call may hold: half for what the first ones keep for backward, a
-    quarter for the one at work, a quarter for what they share."""
+    """Bytes that the passes of one call may hold: half for what is kept for backward, a quarter for
+    the pass at work, a quarter in reserve for what is not counted."""
 
     def __init__(self, memory, t):
         if memory is None and t.is_cuda:
@@ -721,29 +722,30 @@ class Budget:
         self.chunk, self.number = CHUNK[t.device.type], t.element_size()
         self.at_work, self.left = int(memory) // 4, int(memory) // 2
 
-    def rows(self, sizes, held):
-        """How many rows of so many coefficients fit into a pass, and the bytes that each keeps.
+    def fit(self, rows, sizes, held):
+        """How many times so many rows of so many coefficients go down in one pass, at least 1; and
+        the bytes that this many rows keep for backward.
 
         held: numbers for each coefficient: it before and after its ReLU, and lines of its own.
         """
-        keeps = held * sum(sizes) * self.number
-        works = keeps + 3 * max(sizes) * self.number                   # 3: what backward adds
-        return min(self.chunk // max(sizes), self.at_work // works), keeps
+        keeps = int(rows * held * sum(sizes) * self.number)
+        works = keeps + 3 * rows * max(sizes) * self.number            # 3: what backward adds
+        return max(1, min(self.chunk // (rows * max(sizes)), self.at_work // works)), keeps
+
+    def spend(self, cost):
+        """May so many bytes be kept for backward? Where there is none, nothing is kept."""
+        if not torch.is_grad_enabled():
+            return True
+        fits = cost <= self.left
+        self.left -= cost if fits else 0
+        return fits
 
     def run(self, bound, jobs, cost):
         """bound(*job) of all jobs, one after another. Those that the budget does not let keep what
         backward needs, cost bytes each, compute it again there: a third more time."""
-        results = []
-        for job in jobs:
-            if not torch.is_grad_enabled():
-                results.append(bound(*job))
-            elif cost <= self.left:
-                self.left -= cost
-                results.append(bound(*job))
-            else:
-                results.append(checkpoint(bound, *job, use_reentrant=False,
-                                          preserve_rng_state=False))
-        return results
+        return [bound(*job) if self.spend(cost) else
+                checkpoint(bound, *job, use_reentrant=False, preserve_rng_state=False)
+                for job in jobs]
 
 
 def _back_substituted(s, stages, relus, box, budget):
@@ -764,24 +766,26 @@ def _back_substituted(s, stages, relus, box, budget):
             A, d = W[:, :, o], c[:, :, o]
             return (torch.cat([A, -A], 2).view(P, 1, 1, -1, A.shape[-1]),
                     torch.cat([d, -d], 2).view(P, 1, 1, -1))
-    fit, keeps = budget.rows(_sizes(window, shape, sum(below, [])), held=2)
-    pairs = max(1, fit // (2 * P * G))
-    samples, channels = min(B, pairs), min(O, max(1, pairs // B))
+    fit, keeps = budget.fit(2 * P * G, _sizes(window, shape, sum(below, [])), held=2)
+    samples, channels = min(B, fit), min(O, max(1, fit // B))
     starts = range(0, O, channels)
+
+    def see(i):
+        maps = [[t[:, i] for t in some] for some in (*relus[:len(below) - 1], box)]
+        return _seen_below(rows, window, shape, below, 0, maps[:-1], maps[-1])
 
     def jobs():
         for b in range(0, B, samples):
-            i = slice(b, b + samples)
-            maps = [[t[:, i] for t in some] for some in (*relus[:len(below) - 1], box)]
-            seen = _seen_below(rows, window, shape, below, 0, maps[:-1], maps[-1])
+            i = slice(b, b + samples)     # 3/4: three numbers, where two rows keep two each
+            seen = see(i) if budget.spend(3 * keeps * samples // 4) else None
             yield from ((i, slice(o, o + channels), seen) for o in starts)
 
     def bound(i, o, seen):
         A, d = start(i, o)
-        low = _lower_bounds(A, d, window, shape, rows, below, 0, seen)
+        low = _lower_bounds(A, d, window, shape, rows, below, 0, see(i) if seen is None else seen)
         return low.view(P, low.shape[1], G, 2, -1).transpose(2, 4)             # (P, b, o, 2, G)
 
-    low = budget.run(bound, jobs(), keeps * 2 * P * G * samples * channels)
+    low = budget.run(bound, jobs(), keeps * samples * channels)
     n = len(starts)
     low = torch.cat([torch.cat(low[i:i + n], 2) for i in range(0, len(low), n)], 1)
     return low[:, :, :, 0].flatten(2), -low[:, :, :, 1].flatten(2)
@@ -808,8 +812,8 @@ def _tightened(l, u, s, stages, relus, box, budget, steps=0):
     slot = torch.arange(len(member), device=l.device) - (counts.cumsum(0) - counts)[member]
     picks = member.new_zeros(P, int(counts.max()))
     picks[member, slot] = sample * G * O + neuron
-    fit, keeps = budget.rows(_sizes(window, op.in_shape, sum(below, [])), held=4)
-    U = min(picks.shape[1], max(1, fit // (2 * P)))
+    fit, keeps = budget.fit(2 * P, _sizes(window, op.in_shape, sum(below, [])), held=4)
+    U = min(picks.shape[1], fit)
 
     def bound(t):
         p = torch.arange(P, device=l.device)[:, None]
@@ -822,7 +826,7 @@ def _tightened(l, u, s, stages, relus, box, budget, steps=0):
                                          below, 0, seen, free)
         return _with_best_slopes(low, steps).view(P, -1, 2)
 
-    low = budget.run(bound, [(t,) for t in range(0, picks.shape[1], U)], keeps * 2 * P * U)
+    low = budget.run(bound, [(t,) for t in range(0, picks.shape[1], U)], keeps * U)
     low = torch.cat(low, 1)[member, slot]
     return (l.index_put(where, torch.maximum(l[where], low[:, 0])),
             u.index_put(where, torch.minimum(u[where], -low[:, 1])))
@@ -878,8 +882,10 @@ def _ascend(bound, free, limits, rates, steps, target=torch.inf):
                                  maximize=True, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     best, chosen = -torch.inf, [t.detach().clone() for t in free]
+    same = lambda t: t
     for step in range(steps + 1):
-        with torch.enable_grad():
+        # The hooks: inside a checkpoint, its own would compute the pass again for each backward.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(same, same):
             low = bound(free)
             total = low.sum()                              # rows share nothing that is free
         better = low.detach() > best
@@ -998,9 +1004,8 @@ def prepare(net, x, eps, relax, params):
     return stages, shapes, box
 
 
-def _intermediate(stages, box, relax, slope, skip_stable, memory, steps=0):
+def _intermediate(stages, box, relax, slope, skip_stable, budget, steps=0):
     """Bounds [(l, u), ...] before each ReLU, (P, B, N) each."""
-    budget = Budget(memory, box[0])
     bounds, relus, inputs = [], [], box
     for s, ops in enumerate(stages[:-1]):
         # Interval bounds of a single first layer are exact: nothing is gained by substitution.
@@ -1028,7 +1033,7 @@ def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=ad
     the ball. Arguments and errors are those of margin_lower_bounds.
     """
     stages, shapes, box = prepare(net, x, eps, relax, params)
-    bounds = _intermediate(stages, box, relax, slope, skip_stable, memory, steps)
+    bounds = _intermediate(stages, box, relax, slope, skip_stable, Budget(memory, x), steps)
     return [tuple(t.expand(_population(params), -1, -1).reshape(shape) for t in pair)
             for pair, shape in zip(bounds, _outer_shapes(shapes, x, params))]
 
@@ -1061,8 +1066,8 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     slope: the lower line of an unstable ReLU, (l, u) -> slope in [0, 1]; see adaptive.
     intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
     memory: a budget in bytes for the passes (None: MEMORY): how many rows go down at once, and how
-        many passes are kept for backward. A single row goes down whatever it takes, and the ascent
-        of alpha-CROWN may take twice the budget.
+        many passes are kept for backward. The least pass goes down whatever it takes, and
+        alpha-CROWN may take twice the budget.
 
     Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
     """
@@ -1073,9 +1078,9 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     K, = shapes[-1]
     if not ((y >= 0) & (y < K)).all():
         raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
-    y = y.long()
+    y, budget = y.long(), Budget(memory, x)
     if intermediate is None:
-        bounds = _intermediate(stages, box, relax, slope, skip_stable, memory, steps)
+        bounds = _intermediate(stages, box, relax, slope, skip_stable, budget, steps)
     else:
         want = _outer_shapes(shapes, x, params)
         if [[t.shape for t in pair] for pair in intermediate] != [[s, s] for s in want]:
@@ -1100,12 +1105,12 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         low = _with_best_slopes(low, steps if relax == "alpha-crown" else 0)[:, :, 0]
         return low.unflatten(-1, (-1, K))[:, torch.arange(len(of)), of] if bottom else low
 
-    rows, top, budget = Rows((1, 1)), _map_shapes(stages)[-1], Budget(memory, x)
-    each, sizes = _population(params) * K, _sizes(None, top, sum(stages[bottom:], []))
-    fit, keeps = budget.rows(sizes, held=2)
-    samples = min(len(x), max(1, fit // each))
+    rows, top = Rows((1, 1)), _map_shapes(stages)[-1]
+    sizes = _sizes(None, top, sum(stages[bottom:], []))
+    fit, keeps = budget.fit(_population(params) * K, sizes, held=2 + 3 / K)
+    samples = min(len(x), fit)
     jobs = [(b,) for b in range(0, len(x), samples)]
-    low = torch.cat(budget.run(bound, jobs, keeps * each * samples), 1)
+    low = torch.cat(budget.run(bound, jobs, keeps * samples), 1)
     if relax == "alpha-crown" and intermediate is None:     # tighter bounds may flip a rule's slope
         deeppoly = margin_lower_bounds(net, x, y, eps, "deeppoly", params, skip_stable, slope=slope,
                                        memory=memory)
