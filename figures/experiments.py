@@ -107,7 +107,7 @@ TABLES = {
         common=MNIST | HELD_OUT, eps=0.3, methods=FEW, seeds=3,
         tries=rates(0.005, sigma=0.01, alpha=0.08, lam=0.6), samples=1000, timeout=5, sweeps={}),
     "mnist-pgpe-0.1": dict(
-        common=MNIST | HELD_OUT | {"net": "small", "subset": 1600}, eps=0.1, seeds=3,
+        common=MNIST | HELD_OUT | {"net": "small", "subset": 3200}, eps=0.1, seeds=3,
         methods=[(r, "pgpe") for r in ("box", "crown-ibp", "deeppoly")],
         tries=rates(0.01, sigma=0.01), samples=1000, timeout=5, sweep_seeds=3,
         sweeps={"lr": ((0.003, 0.03), [("box", "pgpe")])}),
