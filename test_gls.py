@@ -1032,6 +1032,11 @@ def test_hold_out_takes_the_last_training_images_for_the_test(tmp_path, capsys):
     labels = [json.loads(l)["label"]
               for l in next(run.glob("certify-*.jsonl")).read_text().splitlines()[1:]]
     assert sorted(labels) == sorted(held.y_test.tolist())
+    out = tmp_path / "test.jsonl"                              # and the test images after all
+    assert command(certify.main, run, "--stages", "box", "--restarts", 0, "--validation", 0,
+                   "--out", out) == 0
+    labels = [json.loads(l)["label"] for l in out.read_text().splitlines()[1:]]
+    assert sorted(labels) == sorted(data.y_test.tolist())
     assert command(train.main, "--validation", 1437, "--out", tmp_path / "no") == 2
     assert "leaves none" in capsys.readouterr().err
 
