@@ -597,7 +597,8 @@ def _dot(A, v):
 
 def _seen_below(rows, window, shape, stages, bottom, relus, box):
     """What the rows see on their way down through the stages, bottom first: of the box the stages
-    start from, lower and upper bounds, and of each ReLU between them the two lines."""
+    start from, lower and upper bounds, and of each ReLU between them the two lines, as _take
+    gives them: (P, B, G, 1, F), or (P, U, 1, 1, F) for picked rows."""
     seen = []
     for s in range(len(stages) - 1, bottom - 1, -1):
         for op in reversed(stages[s]):

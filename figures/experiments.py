@@ -2,7 +2,7 @@
 
     python figures/experiments.py digits                what is missing of the table and the sweeps
     python figures/experiments.py digits --part tune    the search that chose the settings
-    python figures/experiments.py mnist-cnn3-0.3 --part tune table --data-dir DIR
+    python figures/experiments.py mnist-cnn3-0.3 --data-dir DIR
 
 Results go to results/NAME.jsonl, one line per cell, as soon as it is finished; a cell whose command
 is there is not run again, so that an interrupted call continues where it stopped. Each of --jobs
@@ -12,8 +12,8 @@ Tuning. Every method gets the same number of tries, with the same seeds, on imag
 training set; the try with most images certified there is kept (of equals, that with the highest
 natural accuracy). The test set is not used. The tries are the same for all methods, or, in the
 older tables, drawn by each from one space (SPACE). Everything tried is in the file
-results/NAME-tuning.jsonl. A network that was tuned may be one of the table: then it
-is not trained again.
+results/NAME-tuning.jsonl. A network that was tuned may be one of the table: then it is not trained
+again.
 """
 import argparse
 import contextlib
@@ -61,6 +61,7 @@ TRIES = [   # or tries that are the same for all methods; keys as above
     {"lr": 0.005, "eps-train": 1.0, "l1": 1e-5, "sigma": 0.001, "alpha": 0.3, "lam": 0.2},
 ]
 
+# What MNIST and CIFAR-10 are run with; FEW[:3] is box by grad and RGS, and CROWN-IBP by grad.
 FEW = [(r, opt) for r in ("box", "crown-ibp", "deeppoly") for opt in ("grad", "rgs")] \
     + [("sabr", "grad"), ("mtl-ibp", "grad")]
 MNIST = {"dataset": "mnist", "net": "cnn3", "subset": 10000, "epochs": 4, "ramp": 2,
@@ -102,7 +103,7 @@ TABLES = {
     # recipes), sigma that of train.py.
     "mnist-cnn3-0.3-rates": dict(
         common=MNIST | HELD_OUT, eps=0.3, methods=FEW[:3], tuning_seeds=2, validation=400,
-        tries=rates(0.002, 0.005, 0.01, sigma=0.01), timeout=5),
+        tries=rates(0.002, 0.005, 0.01, sigma=0.01), timeout=5, seeds=0, sweeps={}),   # a search
     "mnist-cnn3-0.3": dict(
         common=MNIST | HELD_OUT, eps=0.3, methods=FEW, seeds=3,
         tries=rates(0.005, sigma=0.01, alpha=0.08, lam=0.6), samples=1000, timeout=5, sweeps={}),
@@ -159,7 +160,14 @@ def held_out(table):
     return {} if "validation" in table["common"] else {"validation": table["validation"]}
 
 
+def is_fixed(table):
+    """Is there one try only, so that there is nothing to tune?"""
+    return isinstance(table["tries"], list) and len(table["tries"]) == 1
+
+
 def tuning_cells(table):
+    if is_fixed(table):
+        return []
     return [(method, seed, settings(method, draw, table["eps"]), held_out(table))
             for method in table["methods"] for draw in tries(table, method)
             for seed in range(table.get("tuning_seeds", 1))]
@@ -168,7 +176,7 @@ def tuning_cells(table):
 def tuned(name):
     """{method: its best settings on the validation images}."""
     best, table = {}, TABLES[name]
-    if isinstance(table["tries"], list) and len(table["tries"]) == 1:
+    if is_fixed(table):
         return {m: settings(m, *table["tries"], table["eps"]) for m in table["methods"]}
     known = {cell["train"]: cell for cell in read(f"{name}-tuning")}
     scores = defaultdict(lambda: (0, 0))                   # of a method and its settings
