@@ -283,6 +283,8 @@ def run(name, file, cells, table, args, tuning=False):
             todo[line] = (method, seed, chosen, words, more)
     print(f"{name}: {len(cells) - len(todo)} of {len(cells)} cells are finished or repeated",
           flush=True)
+    if not todo:
+        return
     RESULTS.mkdir(exist_ok=True)
     begun, context = time.time(), multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context) as pool, \
