@@ -720,6 +720,8 @@ class Budget:
             memory = torch.cuda.get_device_properties(t.device).total_memory // 2
         elif memory is None:
             memory = MEMORY[t.device.type]
+        if not 0 <= memory < float("inf"):
+            raise ValueError(f"memory={memory} has to be a number of bytes")
         self.chunk, self.number = CHUNK[t.device.type], t.element_size()
         self.at_work, self.left = int(memory) // 4, int(memory) // 2
 
@@ -981,6 +983,9 @@ def prepare(net, x, eps, relax, params):
     exactly, so they are applied to the box and taken off the stages."""
     if relax not in RELAXATIONS:
         raise ValueError(f"relax={relax!r} is not one of {', '.join(RELAXATIONS)}")
+    if relax == "alpha-crown" and torch.is_inference_mode_enabled():
+        raise ValueError("alpha-crown climbs along gradients, which torch.inference_mode() has "
+                         "none of; torch.no_grad() will do")
     stages, shapes = read_network(net, x.shape[1:], params)
     dtypes = {x.dtype} | {t.dtype for stage in stages for op in stage for t in (op.weight, op.bias)}
     if len(dtypes) > 1 or x.dtype not in (torch.float32, torch.float64):

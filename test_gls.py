@@ -607,6 +607,10 @@ def test_labels_of_any_integer_type_and_inference_mode():
     relaxations._seen.cache_clear()
     with torch.inference_mode():
         margin_lower_bounds(net, x, y, 0.1)
+        with pytest.raises(ValueError, match="no_grad"):
+            margin_lower_bounds(net, x, y, 0.1, "alpha-crown")
+    with torch.no_grad():
+        margin_lower_bounds(net, x, y, 0.1, "alpha-crown")
     margin_lower_bounds(net, x, y, 0.1).sum().backward()               # what was cached serves too
 
 
@@ -657,6 +661,8 @@ def test_networks_that_cannot_be_bounded(layers, message):
     (dict(y=torch.tensor([0, 1])), "1 integer labels"),
     (dict(params={"0.weights": torch.zeros(2, 7, 6)}), "unknown ['0.weights']"),
     (dict(net=nn.Linear(6, 4)), "has to be a plain torch.nn.Sequential"),
+    (dict(memory=math.inf), "memory=inf has to be a number of bytes"),
+    (dict(memory=math.nan), "memory=nan has to be"), (dict(memory=-1), "memory=-1 has to be"),
 ])
 def test_arguments_that_make_no_sense(change, message):
     args = dict(net=make("mlp", dtype=torch.float32)[0], x=torch.zeros(1, 6),

@@ -9,18 +9,14 @@ linear layers, and 200 images each. Prints the table of certify.py; --out writes
 where they were found as JSON. Expect up to --timeout seconds for each image.
 """
 import argparse
-import json
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import certify                                                                  # noqa: E402
+import common                                       # first: it puts the checkout on the path
+import certify
 
 CASES = {  # name: data set, radius, mean and std of the pixels in the first layer
     "mnist_cnn_a_adv": ("mnist", 0.3, None),
@@ -68,15 +64,10 @@ def main():
     verdicts = certify.certify(net, x, y, eps, args.timeout, report=report)
     lines = certify.summary(verdicts, certify.STAGES)
     print("\n".join(lines))
-    if args.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-        rows = [dict(index=v.index, status=v.status, stage=v.stage, seconds=round(v.seconds, 2),
-                     bound=v.bound if v.bound > -float("inf") else None) for v in verdicts]
-        device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-        Path(args.out).write_text(json.dumps(dict(
-            case=args.case, eps=eps, timeout=args.timeout, summary=lines, device=device,
-            machine=platform.platform(), cores=torch.get_num_threads(), torch=torch.__version__,
-            commit=commit.stdout.strip(), verdicts=rows), indent=1) + "\n")
+    rows = [dict(index=v.index, status=v.status, stage=v.stage, seconds=round(v.seconds, 2),
+                 bound=v.bound if v.bound > -float("inf") else None) for v in verdicts]
+    common.write(args.out, **common.machine(args.device), case=args.case, eps=eps,
+                 timeout=args.timeout, summary=lines, results=rows)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def main():
                          bytes=exchanged, rounds=times))
         print(f"{name:36} one process {1e3 * one:8.1f} ms   {args.processes} processes "
               f"{1e3 * many:8.1f} ms   {ratio:.2f} times as fast   {exchanged} bytes", flush=True)
-    common.write(args.out, machine=common.machine("cpu"), processes=args.processes, rows=rows)
+    common.write(args.out, **common.machine("cpu"), processes=args.processes, results=rows)
 
 
 if __name__ == "__main__":

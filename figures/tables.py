@@ -10,8 +10,9 @@ chose, and do not know how much that choice owes to chance.
 """
 import json
 import re
+from collections import Counter
 from itertools import combinations
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import experiments
 
@@ -160,8 +161,112 @@ def speed(name):
     return lines
 
 
+DATA = {"digits": "digits", "mnist": "MNIST", "cifar10": "CIFAR-10"}
+
+
+def benchmark(name):
+    return json.loads((experiments.RESULTS / "benchmarks" / f"{name}.json").read_text())
+
+
+def rows_of(name, what):
+    return [r for r in benchmark(name)["results"] if r["what"] == what]
+
+
+def measured(name):
+    """By which command, at which commit and where the files NAME*.json were made."""
+    files = sorted(p.stem for p in (experiments.RESULTS / "benchmarks").glob(f"{name}*.json"))
+    lines = ["```text"]
+    for file in files:
+        run = benchmark(file)
+        command = re.sub(r"(--data-dir|--checkout) \S+", r"\1 DIR", run["command"])
+        lines.append(f"{command}      # at {run['commit'][:7]}, {run['device']}, "
+                     f"{run['threads']} threads, torch {run['torch']}")
+    return [*lines, "```"]
+
+
+def population(name):
+    """Losses of P networks: so many at once, against a loop over them."""
+    lines = ["| P networks | bounds | one by one, ms each | 4 at once, times faster | 16 | all P | "
+             "`train.py` takes |", "|" + "---|" * 7]
+    for r in rows_of(name, "population"):
+        ratio = {m: f"{v:.1f}" for m, v in r["ratios"].items()}
+        lines.append(f"| {r['P']} of {DATA[r['dataset']]} {r['net']} | {NAME[r['relax']]} | "
+                     f"{1e3 * median(r['times']['1']) / r['P']:.1f} | {ratio['4']} | {ratio['16']} "
+                     f"| {ratio[str(r['P'])]} | {r['chosen']} at once: **{ratio[str(r['chosen'])]}"
+                     "** |")
+    return lines
+
+
+def rgs_steps(name):
+    lines = ["| network, batch | bounds | gradient, ms | RGS with 2 samples, ms | times as long |",
+             "|" + "---|" * 5]
+    for r in rows_of(name, "rgs"):
+        lines.append(f"| {DATA[r['dataset']]} {r['net']}, {r['batch']} | {NAME[r['relax']]} | "
+                     + " | ".join(f"{1e3 * median(t):.0f}" for t in r["times"].values())
+                     + f" | **{r['ratio']:.2f}** |")
+    return lines
+
+
+def growth(name):
+    lines = ["| gradient of | seconds | for each image and member, ms | MiB |", "|" + "---|" * 4]
+    for r in rows_of(name, "growth"):
+        lines.append(f"| {DATA[r['dataset']]} {r['net']}, batch {r['batch']}, P = {r['P']} | "
+                     f"{r['seconds']:.2f} | {1e3 * r['seconds'] / r['batch'] / r['P']:.1f} | "
+                     f"{r['MiB']:.0f} |")
+    return lines
+
+
+def fits(name):
+    """The largest sizes within a memory, from the steepest step between two rows of growth."""
+    lines = ["| | 8 GB | 24 GB | 80 GB |", "|" + "---|" * 4]
+    series = {}
+    for r in rows_of(name, "growth"):
+        series.setdefault((r["dataset"], r["net"]), []).append((r["batch"], r["P"], r["MiB"]))
+    for (dataset, net), found in series.items():
+        members = len({P for _, P, _ in found}) > 1
+        size = [P if members else batch for batch, P, _ in found]
+        MiB = [m for *_, m in found]
+        steepest = max((b - a) / (n - m) for m, n, a, b in zip(size, size[1:], MiB, MiB[1:]))
+        what = f"members with {found[0][0]} images each" if members else "images in a batch"
+        fit = [size[-1] + (1e9 * GB / 2 ** 20 - MiB[-1]) / steepest for GB in (8, 24, 80)]
+        lines.append(f"| {DATA[dataset]} {net}, {what} | "
+                     + " | ".join(f"{float(f'{n:.2g}'):,.0f}" for n in fit) + " |")
+    return lines
+
+
+def scaling(name):
+    run = benchmark(name)
+    lines = [f"| a step of | one process, ms | {run['processes']} processes, ms | times as fast | "
+             "bytes a process adds up |", "|" + "---|" * 5]
+    for r in run["results"]:
+        lines.append(f"| {r['case']} | {1e3 * r['seconds_one']:.0f} | "
+                     f"{1e3 * r['seconds_many']:.0f} | **{r['ratio']:.2f}** | {r['bytes']:,} |")
+    return lines
+
+
+def reach(name):
+    """The verdicts of benchmarks/certify.py, from results/benchmarks/NAME*.json."""
+    lines = ["| network, eps | images | natural, % | not attacked, % | "
+             "certified up to DeepPoly, % | ... alpha-CROWN | ... branch and bound | unknown | seconds |", "|" + "---|" * 9]
+    for path in sorted((experiments.RESULTS / "benchmarks").glob(f"{name}*.json")):
+        run = benchmark(path.stem)
+        verdicts, n = run["results"], len(run["results"])
+        status = Counter(v["status"] for v in verdicts)
+        stages = [v["stage"] for v in verdicts if v["status"] == "certified"]
+        natural, late = n - status["misclassified"], ("branch-and-bound", "alpha-crown")
+        share = [natural, natural - status["attacked"],
+                 *(len(stages) - sum(map(stages.count, late[:i])) for i in (2, 1)), len(stages)]
+        lines.append(f"| `{run['case']}`, {run['eps']:.3g} | {n} | "
+                     + " | ".join(f"{100 * k / n:.1f}" for k in share[:-1])
+                     + f" | **{100 * share[-1] / n:.1f}** | {status['unknown']} | "
+                     f"{sum(v['seconds'] for v in verdicts):.0f} |")
+    return lines
+
+
 TABLES = {"results": results_table, "differences": differences, "source": source,
-          "sweeps": sweeps, "speed": speed, "summary": summary}
+          "sweeps": sweeps, "summary": summary, "speed": speed, "measured": measured,
+          "population": population, "rgs": rgs_steps, "growth": growth, "fits": fits,
+          "scaling": scaling, "reach": reach}
 PAGES = [experiments.ROOT / folder / "README.md" for folder in (".", "results", "benchmarks")]
 
 
