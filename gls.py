@@ -65,8 +65,8 @@ def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True, shard=(0,
     sigma gradient has its shape (summed over the parameters that share it), or is None with
     adapt=False.  pairs: n >= 1, each costs two losses.  chunk: the most parameter vectors
     evaluated at once (None: all 2n), which bounds the memory and does not change the result.
-    shard: see the top of this file; whole chunks go to a process, so that the result is that of
-    one process, bit by bit.
+    shard: see the top of this file; whole chunks go to a process (with chunk=None, all to the
+    first), so that the result is that of one process, bit by bit.
     """
     theta, sigma = _check(theta, sigma, chunk, pairs=pairs)
     eps = _noise(pairs, theta, generator)                         # (n, D)
@@ -88,7 +88,8 @@ def rgs(loss, theta, sigma, samples, generator, antithetic=False, chunk=None, sh
         1/n sum_i grad L(theta + sigma * eps_i)
 
     An unbiased estimate of E[grad L(theta + sigma * eps)]. That is the gradient of the smoothed
-    loss where L is continuous; what L's jumps contribute is missing (see the top of this file).
+    loss if L is continuous wherever the noise reaches, not only at theta; what L's jumps contribute
+    is missing (see the top of this file).
     antithetic: use eps and -eps; samples is then even. Other arguments as in pgpe. With shard, each
     process takes as many samples, and the result is that of one up to the rounding of sums.
     """

@@ -848,8 +848,9 @@ def _tightened(l, u, s, stages, relus, box, budget, steps=0):
 #     min over S of f(x)  >=  min over S of     f(x) - sum_j beta_j s_j z_j(x)    (subtracts >= 0)
 #                         >=  min over ball of  f(x) - sum_j beta_j s_j z_j(x)    (S is part of it)
 # and the last is bounded by back-substitution as ever: once its ReLU is passed, the coefficient a_j
-# of z_j becomes a_j - s_j beta_j. beta = 0 gives the old bound back. With the best beta the bound
-# is that of the linear program with all constraints; if S is empty, it grows beyond all limits.
+# of z_j becomes a_j - s_j beta_j. beta = 0 gives the old bound back. With the best alpha and beta
+# it is that of the linear program made of the lines around the ReLUs and of all constraints; if
+# that program has no solution, it grows beyond all limits.
 
 class Free(NamedTuple):
     """What rows may choose at one ReLU, (P, B, G, R, F) each."""
@@ -1061,14 +1062,13 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     x: (B, ...) pixels in [0, 1], float32 or float64 like the parameters.  y: (B,) labels.
     eps: radius in pixels: a number, or a tensor that broadcasts with x.
     relax: "box", "crown-ibp", "deeppoly" (textbook: every bound by full back-substitution), or
-        "alpha-crown" (so many steps of ascent; its gradient holds the slopes found fixed).
+        "alpha-crown" (steps of ascent; its gradient holds the slopes found fixed).
     params: {name of net.state_dict(): (P, ...)}, as torch.func.stack_module_state makes it: bounds
         for P networks at once. Names left out keep the values of net, for all P.
     skip_stable: with "deeppoly" and "alpha-crown", back-substitute only the neurons that interval
         arithmetic on the bounds of the layer before leaves unstable, and keep the tighter of both
-        bounds. Faster; every ReLU is enclosed at least as tightly. (That the margins are never
-        looser is true of the lines' enclosure, not a theorem for the adaptive slope, which may flip
-        from 1 to 0.)
+        bounds. Faster, and usually at least as tight: with slope=zero always; but the adaptive
+        slope may flip from 1 to 0, and then neurons and margins above it may be looser.
     slope: the lower line of an unstable ReLU, (l, u) -> slope in [0, 1]; see adaptive.
     intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
     memory: a budget in bytes for the passes (None: MEMORY): how many rows go down at once, and how

@@ -72,13 +72,13 @@ COMMON = dict(
     clip=10.0,            # Shi: gradient norm
     lr_decay=0.2,         # Shi: at the milestones
     init="ibp",           # Shi: keeps interval bounds from exploding at the start
-    sigma=0.01,           # here: the size of cnn3's smaller initial weights; on digits 0.03, three
-                          # times that, spoilt box training (README); not tuned otherwise
+    sigma=0.01,           # here: the size of cnn3's smaller initial weights; on digits 0.001 to
+                          # 0.03 do as well, 0.1 spoils (README, figure 4); grad has none: 0
     samples=None,         # rgs: 2 (an antithetic pair), pgpe: 64 (32 pairs)
     antithetic=True,      # here: cancels the odd part of the noise, for free
     sigma_adapt="fixed",  # or scalar, parameter: PGPE's own adaptation of sigma
     sigma_lr=0.1,         # pgpelib's default for the step of sigma
-    skip_stable=True,     # here: faster than the textbook, and certifies as much (README)
+    skip_stable=True,     # here: faster than the textbook, and certifies as much (benchmarks/)
     members=None,         # parameter vectors run at once; a run asks members_at_once
     subset=None, validation=0, test_subset=None, out=None,
 )
@@ -101,7 +101,8 @@ LOG = {  # the columns of log.csv, one line per epoch; averages are over its bat
     "sigma": "standard deviation of the weight noise (its mean, if per parameter)",
     "loss": "average robust loss, regularisers included (at the perturbed weights, if smoothed)",
     "certified": "fraction of training images certified at that eps by the training relaxation "
-                 "(at the perturbed weights, if smoothed)",
+                 "(at the perturbed weights, if smoothed; for sabr in its small box only, which is "
+                 "no certificate)",
     "gradient": "average norm of the gradient estimate, before clipping",
     "seconds": "of training so far, without the time between an interrupt and its --resume",
     "samples_per_s": "training images per second in this epoch",
@@ -512,7 +513,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     """
     center, radius = x, eps
     if relax in ATTACKING:
-        points, _ = attack(net, x, y, eps, steps=8, restarts=1)
+        points = attack(net, x, y, eps, steps=8, restarts=1)
     if relax == "sabr":
         radius = lam * eps
         center = points.clamp(x - (eps - radius), x + (eps - radius))
@@ -611,10 +612,9 @@ def ball(x, eps):
 def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
     """Projected gradient descent (PGD, Madry et al. 2018) on the margin, with restarts.
 
-    Returns (points (B, ...), their forward_margin (B,)): the worst points found, exactly inside the
-    ball. Restart 0 lowers the smallest margin; restart r > 0 lowers the margin to the r-th
-    runner-up class, from a random start, which is the same for all samples: what is found for one
-    does not depend on the others.
+    Returns the worst points found, (B, ...), exactly inside the ball. Restart 0 lowers the smallest
+    margin; restart r > 0 lowers the margin to the r-th runner-up class, from a random start, which
+    is the same for all samples: what is found for one does not depend on the others.
     """
     low, high = ball(x, eps)
     generator = torch.Generator().manual_seed(seed)
@@ -638,7 +638,7 @@ def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
                 goal = worst if r == 0 else margins.gather(1, target[:, None])
                 step = eps * (0.25 if k < steps / 2 else 0.1 if k < 3 * steps / 4 else 0.02)
                 z = z - step * torch.autograd.grad(goal.sum(), z)[0].sign()
-    return best, forward_margin(net, best, y)
+    return best
 
 
 def evaluate(net, x, y, eps, batch=500, progress=lambda line: None):
@@ -649,7 +649,8 @@ def evaluate(net, x, y, eps, batch=500, progress=lambda line: None):
     """
     result = {"natural": forward_margin(net, x, y).cpu() > 0}
     progress("attacking")
-    attacked = [attack(net, a, b, eps)[1].cpu() for a, b in zip(x.split(batch), y.split(batch))]
+    attacked = [forward_margin(net, attack(net, a, b, eps), b).cpu()
+                for a, b in zip(x.split(batch), y.split(batch))]
     result["attack"] = result["natural"] & (torch.cat(attacked) > 0)
     for relax in CERTIFY:
         progress(f"bounding by {relax}")
@@ -663,7 +664,7 @@ def evaluate(net, x, y, eps, batch=500, progress=lambda line: None):
 
 
 # How certification uses DeepPoly: only the neurons that intervals leave unstable are substituted.
-# It is faster on trained networks and, on box-trained ones, much tighter: see the README.
+# Faster on trained networks, and on those tried about as tight: see benchmarks/README.md.
 CERTIFY = {"box": {}, "crown-ibp": {}, "deeppoly": dict(skip_stable=True)}
 TITLES = {"natural": "natural accuracy", "attack": "under attack (PGD)",
           "box": "certified by box (IBP)", "crown-ibp": "certified by CROWN-IBP",
@@ -1210,7 +1211,7 @@ def parse_config(argv):
     config = dict(data_dir="data", device="auto") | config
     config["eps_train"] = config["eps"] if args.eps_train is None else args.eps_train
     if config["opt"] == "grad":
-        config["samples"] = 1
+        config |= dict(samples=1, sigma=0.0)
     config["samples"] = config["samples"] or {"rgs": 2, "pgpe": 64}[config["opt"]]
     paired = config["opt"] == "pgpe" or config["opt"] == "rgs" and config["antithetic"]
     if paired and config["samples"] % 2:
@@ -1240,7 +1241,8 @@ def start_run(config, data, device):
     torch.manual_seed(config["seed"])
     net = build_network(config["net"], data.x_train.shape[1:], data.classes, config["init"],
                         config["statistics"])
-    config["members"] = config["members"] or members_at_once(net, config)
+    config["members"] = config["members"] or max(1, min(        # some for each process
+        members_at_once(net, config), config["samples"] // ranks()[1]))
     if ranks()[0] == 0:
         folder = new_folder(config["out"], "-".join([Path(config["dataset"]).stem, *(
             config[k] for k in ("net", "relax", "opt"))]))

@@ -17,6 +17,7 @@ import torch.nn as nn
 
 import experiments                                  # first: it puts the checkout on the path
 import gls
+import tables
 import train
 from relaxations import margin_lower_bounds
 
@@ -28,9 +29,7 @@ plt.rcParams.update({"svg.hashsalt": "gls", "font.size": 9, "axes.spines.top": F
                      "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25})
 COLOR = {"box": "#0072b2", "crown-ibp": "#e69f00", "deeppoly": "#d55e00", "alpha-crown": "#cc79a7",
          "sabr": "#009e73", "mtl-ibp": "#56b4e9"}      # Okabe and Ito: told apart by everybody
-NAME = {"box": "box (IBP)", "crown-ibp": "CROWN-IBP", "deeppoly": "DeepPoly",
-        "alpha-crown": "alpha-CROWN", "sabr": "SABR", "mtl-ibp": "MTL-IBP",
-        "grad": "plain gradient", "rgs": "RGS", "pgpe": "PGPE"}
+NAME = tables.NAME | {"grad": "plain gradient"}
 MARKER = {"grad": "o", "rgs": "s", "pgpe": "^"}
 GREYS = {0.0: "#d55e00", 0.05: "#b8b8b8", 0.15: "#777777", 0.4: "#000000"}
 
@@ -178,8 +177,7 @@ def cells(**where):
 
 def table_cells(relax, opt):
     """The cells of the table itself: with the tuned settings."""
-    best = experiments.tuned("digits").get((relax, opt))
-    return best and [c for c in cells(relax=relax, opt=opt) if c["settings"] == best]
+    return tables.table_cells("digits").get((relax, opt))
 
 
 def statistics(found):

@@ -2,11 +2,12 @@
 
     python figures/tables.py            rewrites what stands between the <!-- table --> marks
 
-The standard error of a difference comes from the spread over seeds, sqrt(s1^2 / n1 + s2^2 / n2), or
-from that of the differences between runs of the same seed, which share their initial weights, their
-batches and their test images. p is that of the exact permutation test: the share of all ways to
-deal the runs to two methods that give so large a difference. All are for the settings that tuning
-chose, and do not know how much that choice owes to chance.
+The standard error of a difference comes from the spread over seeds, sqrt(s1^2 / n1 + s2^2 / n2).
+(Runs of two methods with the same seed share initial weights and batches, but are no pairs: one run
+repeated with sums in another order may differ as much as two seeds, see results/README.md.) p is
+that of the exact permutation test: the share of all ways to deal the runs to two methods that give
+so large a difference. Both are for the settings that tuning chose, do not know how much that choice
+owes to chance, and are about these test images.
 """
 import json
 import re
@@ -99,18 +100,14 @@ def permutation_test(first, second):
 
 def differences(name):
     found = table_cells(name)
-    lines = ["| certified, points | difference | standard error | by seeds | p |",
-             "|---|---|---|---|---|"]
+    lines = ["| certified, points | difference | standard error | p |", "|---|---|---|---|"]
     for a, b in CLAIMS:
         if a in found and b in found and min(len(found[a]), len(found[b])) > 1:
-            by_seed = [{c["seed"]: percent([c], "certified")[0] for c in found[m]} for m in (a, b)]
-            first, second = ([*cells.values()] for cells in by_seed)
-            pairs = [v - by_seed[1][seed] for seed, v in by_seed[0].items() if seed in by_seed[1]]
+            first, second = (percent(found[m], "certified") for m in (a, b))
             d = mean(first) - mean(second)
             error = (stdev(first) ** 2 / len(first) + stdev(second) ** 2 / len(second)) ** 0.5
             lines.append(f"| {' '.join(NAME[m] for m in a)} − {' '.join(NAME[m] for m in b)} | "
-                         f"{d:+.1f} | {error:.1f} | {stdev(pairs) / len(pairs) ** 0.5:.1f} | "
-                         f"{permutation_test(first, second):.3f} |")
+                         f"{d:+.1f} | {error:.1f} | {permutation_test(first, second):.3f} |")
     return lines
 
 
@@ -180,6 +177,7 @@ def measured(name):
     for file in files:
         run = benchmark(file)
         command = re.sub(r"(--data-dir|--checkout) \S+", r"\1 DIR", run["command"])
+        command = re.sub(r"--out \S+", f"--out results/benchmarks/{file}.json", command)
         lines.append(f"{command}      # at {run['commit'][:7]}, {run['device']}, "
                      f"{run['threads']} threads, torch {run['torch']}")
     return [*lines, "```"]
@@ -248,7 +246,8 @@ def scaling(name):
 def reach(name):
     """The verdicts of benchmarks/certify.py, from results/benchmarks/NAME*.json."""
     lines = ["| network, eps | images | natural, % | not attacked, % | "
-             "certified up to DeepPoly, % | ... alpha-CROWN | ... branch and bound | unknown | seconds |", "|" + "---|" * 9]
+             "certified up to DeepPoly, % | ... alpha-CROWN | ... branch and bound | unknown | "
+             "seconds |", "|" + "---|" * 9]
     for path in sorted((experiments.RESULTS / "benchmarks").glob(f"{name}*.json")):
         run = benchmark(path.stem)
         verdicts, n = run["results"], len(run["results"])
