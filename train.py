@@ -98,7 +98,7 @@ LOG = {  # the columns of log.csv, one line per epoch; averages are over its bat
     "epoch": "passes over the training set so far",
     "eps": "training radius in its last batch, in pixels of [0, 1]",
     "lr": "learning rate",
-    "sigma": "standard deviation of the weight noise (its mean, if per parameter)",
+    "sigma": "standard deviation of the weight noise (its mean, if per parameter); 0 for grad",
     "loss": "average robust loss, regularisers included (at the perturbed weights, if smoothed)",
     "certified": "fraction of training images certified at that eps by the training relaxation "
                  "(at the perturbed weights, if smoothed; for sabr in its small box only, which is "

@@ -3,7 +3,7 @@
     python figures/draw.py              all of them, into figures/*.svg (10 minutes of one core)
     python figures/draw.py 1 3          some
 
-Figures 1, 2, 3 and 7 compute what they show here; 4, 5 and 6 read results/digits.jsonl, which
+Figures 1, 2, 3 and 7 compute what they show here; 4, 5 and 6 read the digits of results/, which
 figures/experiments.py writes.
 """
 import argparse
@@ -169,17 +169,6 @@ def figure_3():
 
 # ----------------------------------------------------------------- 4, 5, 6: from the results
 
-def cells(**where):
-    """Finished cells of the digits with these settings or fields."""
-    return [c for c in experiments.read("digits") if "failed" not in c and all(
-        c.get(k, c["settings"].get(k)) == v for k, v in where.items())]
-
-
-def table_cells(relax, opt):
-    """The cells of the table itself: with the tuned settings."""
-    return tables.table_cells("digits").get((relax, opt))
-
-
 def statistics(found):
     """Mean and standard deviation of the certified accuracy, in percent."""
     values = [100 * c["certified"] / c["n"] for c in found]
@@ -187,24 +176,26 @@ def statistics(found):
 
 
 def figure_4():
-    table, best = experiments.TABLES["digits"], experiments.tuned("digits")
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-    for ax, (option, (values, methods)) in zip(axes, table["sweeps"].items()):
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.2), sharey=True)
+    for ax, (name, option) in zip(axes, (("digits", "sigma"), ("digits", "samples"),
+                                         ("digits-long", "samples"))):
+        table, best, grid = (experiments.TABLES[name], experiments.tuned(name),
+                             tables.table_cells(name))
+        values, methods = table["sweeps"][option]
+        few = lambda cells: [c for c in cells if c["seed"] < table["sweep_seeds"]]
         for relax, opt in methods:
-            rest = {k: v for k, v in best[relax, opt].items() if k != option}
             points = []
             for value in values:
-                found = [c for c in cells(relax=relax, opt=opt)
-                         if c["settings"] == {**rest, option: value}
-                         and c["seed"] < table["sweep_seeds"]]
+                found = [c for c in few(experiments.read(name))
+                         if (c["relax"], c["opt"]) == (relax, opt) and "failed" not in c
+                         and c["settings"] == {**best[relax, opt], option: value}]
                 points += [(value, *statistics(found))] if found else []
             ax.errorbar(*zip(*points), fmt=MARKER[opt] + ("-" if opt == "rgs" else "--"),
                         color=COLOR[relax], capsize=2, label=f"{NAME[relax]}, {NAME[opt]}")
-            plain = [c for c in table_cells(relax, "grad") if c["seed"] < table["sweep_seeds"]]
-            ax.axhline(statistics(plain)[0], color=COLOR[relax], lw=0.6,
-                       ls=":")
+            ax.axhline(statistics(few(grid[relax, "grad"]))[0], color=COLOR[relax], lw=0.6, ls=":")
         ax.set_xscale("log", base=10 if option == "sigma" else 2)
-        ax.set(xlabel={"sigma": "sigma, standard deviation of the weight noise",
+        ax.set(title=f"{table['common']['epochs']} epochs",
+               xlabel={"sigma": "sigma, standard deviation of the weight noise",
                        "samples": "evaluations per step"}[option])
         ax.legend(fontsize=7)
     axes[0].set_ylabel("certified test digits, %\n(dotted: plain gradient)")
@@ -232,10 +223,11 @@ def figure_5():
     attacked = [trained("mtl-ibp", "grad", seed, alpha=0.0, regularize=0.0)[0] for seed in range(3)]
     radii = {relax: [certified_radius(net, x, y, relax) for net in attacked]
              for relax in ("box", "crown-ibp", "deeppoly", "alpha-crown")}
+    grid = tables.table_cells("digits")
     fig, ax = plt.subplots(figsize=(6, 3.6))
     for opt in ("grad", "rgs", "pgpe"):
-        points = [(mean(radii[relax]), *statistics(table_cells(relax, opt))) for relax in radii
-                  if table_cells(relax, opt)]
+        points = [(mean(radii[relax]), *statistics(grid[relax, opt])) for relax in radii
+                  if (relax, opt) in grid]
         ax.errorbar(*zip(*points), fmt=f"{MARKER[opt]}-", capsize=2, label=NAME[opt])
     for (relax, values), height in zip(radii.items(), (1.0, 1.0, 1.0, 1.05)):
         ax.axvline(mean(values), color="grey", lw=0.5)
@@ -248,11 +240,11 @@ def figure_5():
 
 
 def figure_6():
-    best = experiments.tuned("digits")
+    best, grid = experiments.tuned("digits"), tables.table_cells("digits")
     fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.9), sharey=True)
     for ax, opt in zip(axes, ("grad", "rgs", "pgpe")):
         for relax in ("box", "crown-ibp", "deeppoly"):
-            curves = np.array([c["curve"]["certified"] for c in table_cells(relax, opt)]) * 100
+            curves = np.array([c["curve"]["certified"] for c in grid[relax, opt]]) * 100
             epochs = np.arange(1, curves.shape[1] + 1)
             ax.plot(epochs, curves.mean(0), color=COLOR[relax],
                     label=f"{NAME[relax]}, eps {best[relax, opt]['eps-train']:g}")
