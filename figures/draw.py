@@ -184,12 +184,14 @@ def figure_4():
         values, methods = table["sweeps"][option]
         few = lambda cells: [c for c in cells if c["seed"] < table["sweep_seeds"]]
         for relax, opt in methods:
-            points = []
-            for value in values:
+            tuned = {"samples": {"rgs": 2, "pgpe": 64}[opt], **best[relax, opt]}[option]
+            points = [(tuned, *statistics(few(grid[relax, opt])))]
+            for value in set(values) - {tuned}:
                 found = [c for c in few(experiments.read(name))
                          if (c["relax"], c["opt"]) == (relax, opt) and "failed" not in c
                          and c["settings"] == {**best[relax, opt], option: value}]
                 points += [(value, *statistics(found))] if found else []
+            points.sort()
             ax.errorbar(*zip(*points), fmt=MARKER[opt] + ("-" if opt == "rgs" else "--"),
                         color=COLOR[relax], capsize=2, label=f"{NAME[relax]}, {NAME[opt]}")
             ax.axhline(statistics(few(grid[relax, "grad"]))[0], color=COLOR[relax], lw=0.6, ls=":")

@@ -95,10 +95,11 @@ TABLES = {
     "digits-long": dict(
         common={"dataset": "digits", "net": "small", "epochs": 160, "ramp": 64,
                 "milestones": (120, 144), "validation": 237, "l1": 0.0},
-        eps=0.1, methods=GRID + BASELINES[::2], seeds=5, validation=237, samples=None, timeout=30, sweep_seeds=3,
+        eps=0.1, methods=GRID + BASELINES[::2], seeds=5, validation=237, samples=None, timeout=30,
+        sweep_seeds=3,
         tries=rates(0.01, sigma=0.01, alpha=0.1, lam=0.4)
         + rates(0.01, sigma=0.03, alpha=0.03, lam=0.2),
-        sweeps={"samples": ((16, 64, 256), [("box", "pgpe")])}),
+        sweeps={"samples": ((16, 256), [("box", "pgpe")])}),
     "mnist-small-0.1": dict(
         common={"dataset": "mnist", "net": "small", "subset": 10000, "epochs": 6, "ramp": 2,
                 "milestones": (4, 5), "batch-size": 64},

@@ -68,9 +68,10 @@ def results_table(name):
     return lines
 
 
-TITLE = {"digits": "digits", "digits-long": "digits, longer", "mnist-cnn3-0.1": "MNIST, 0.1",
-         "mnist-cnn3-0.3": "MNIST, 0.3", "mnist-pgpe-0.1": "MNIST, 0.1, small",
-         "cifar10-cnn3": "CIFAR-10, 2/255"}
+TITLE = {"digits": "digits", "digits-long": "digits, longer",
+         "mnist-small-0.1": "MNIST, 0.1, small", "mnist-cnn3-0.1": "MNIST, 0.1",
+         "mnist-cnn3-0.3": "MNIST, 0.3",
+         "mnist-pgpe-0.1": "MNIST, 0.1, PGPE", "cifar10-cnn3": "CIFAR-10, 2/255"}
 
 
 def summary(names):
@@ -98,17 +99,50 @@ def permutation_test(first, second):
     return mean(splits)
 
 
+def contrast(plus, minus):
+    """The sum of the means of plus, less that of minus, and its standard error."""
+    d = sum(map(mean, plus)) - sum(map(mean, minus))
+    return d, sum(stdev(runs) ** 2 / len(runs) for runs in (*plus, *minus)) ** 0.5
+
+
 def differences(name):
     found = table_cells(name)
     lines = ["| certified, points | difference | standard error | p |", "|---|---|---|---|"]
     for a, b in CLAIMS:
         if a in found and b in found and min(len(found[a]), len(found[b])) > 1:
             first, second = (percent(found[m], "certified") for m in (a, b))
-            d = mean(first) - mean(second)
-            error = (stdev(first) ** 2 / len(first) + stdev(second) ** 2 / len(second)) ** 0.5
+            d, error = contrast([first], [second])
             lines.append(f"| {' '.join(NAME[m] for m in a)} − {' '.join(NAME[m] for m in b)} | "
                          f"{d:+.1f} | {error:.1f} | {permutation_test(first, second):.3f} |")
     return lines
+
+
+def gaps(names):
+    """Certified by DeepPoly less by box, and how much more that is by a smoothed gradient; last the
+    mean of the latter, weighted by the inverse of its variance."""
+    lines = ["| DeepPoly − box, points | by grad | by RGS | more than by grad | by PGPE | "
+             "more than by grad |", "|" + "---|" * 6]
+    moved = {"rgs": [], "pgpe": []}
+    for name in names.split(","):
+        runs = {m: percent(cells, "certified") for m, cells in table_cells(name).items()}
+        tight, loose = ({o: runs.get((r, o)) for o in ("grad", "rgs", "pgpe")}
+                        for r in ("deeppoly", "box"))
+        columns = [TITLE[name], "{:+.1f} ± {:.1f}".format(*contrast([tight["grad"]],
+                                                                   [loose["grad"]]))]
+        for opt, found in moved.items():
+            if tight[opt] and loose[opt]:
+                found.append(contrast([tight[opt], loose["grad"]], [loose[opt], tight["grad"]]))
+                columns += ["{:+.1f} ± {:.1f}".format(*contrast([tight[opt]], [loose[opt]])),
+                            "**{:+.1f} ± {:.1f}**".format(*found[-1])]
+            else:
+                columns += ["", ""]
+        lines.append("| " + " | ".join(columns) + " |")
+    means = []
+    for found in moved.values():
+        weight = sum(error ** -2 for _, error in found)
+        value = sum(d * error ** -2 for d, error in found) / weight
+        means.append(f"**{value:+.1f} ± {weight ** -0.5:.1f}**")
+    return [*lines, f"| mean | | | {means[0]} | | {means[1]} |"]
 
 
 def source(name):
@@ -266,7 +300,7 @@ def reach(name):
 TABLES = {"results": results_table, "differences": differences, "source": source,
           "sweeps": sweeps, "summary": summary, "speed": speed, "measured": measured,
           "population": population, "rgs": rgs_steps, "growth": growth, "fits": fits,
-          "scaling": scaling, "reach": reach}
+          "scaling": scaling, "reach": reach, "gaps": gaps}
 PAGES = [experiments.ROOT / folder / "README.md" for folder in (".", "results", "benchmarks")]
 
 
