@@ -1324,8 +1324,8 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-    for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):
+    # M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never), M_TOP_PAD
+    for option, value in ((-4, 0), (-1, -1), (-2, 2 ** 26)):
         mallopt(option, value)
 
 
