@@ -962,6 +962,7 @@ def test_the_attack_of_a_baseline_sees_the_weights_of_its_step(tmp_path, monkeyp
     net, x, y = make("mlp", batch=64)
     config = train.parse_config("--relax sabr --opt grad --epochs 2 --ramp 0 --batch-size 16 "
                                 "--lr 0.01".split()) | {"augment": False}
+    assert config["sigma"] == 0                                # plain gradients: no noise is logged
     train.train(net.float(), x.float(), y, config, torch.device("cpu"), tmp_path, lambda line: None)
     assert len(weights) == 8
     assert all(((a - b).abs().max() > 1e-3) for a, b in zip(weights, weights[1:]))
