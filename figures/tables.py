@@ -30,9 +30,10 @@ CLAIMS = [  # (relax, opt) against (relax, opt)
 
 
 def table_cells(name):
-    """{method: its cells with the tuned settings, one for each seed}."""
+    """{method: its cells with the tuned settings, one for each seed}. TABLE/FILE: of another file."""
+    name, _, file = name.partition("/")
     best = experiments.tuned(name)
-    cells = [c for c in experiments.read(name) if "failed" not in c]
+    cells = [c for c in experiments.read(file or name) if "failed" not in c]
     found = {m: [c for c in cells if (c["relax"], c["opt"]) == m and c["settings"] == best[m]]
              for m in best}
     return {m: cells for m, cells in found.items() if cells}
@@ -152,6 +153,22 @@ def source(name):
             f"{cells[0]['processor']}, torch {cells[0]['torch']}, at commit {', '.join(commits)}; "
             f"{sum(c['train_seconds'] + c['certify_seconds'] for c in cells) / 60:.0f} minutes of "
             "one thread, without tuning and sweeps. Mean ± standard deviation over seeds."]
+
+
+def again(names):
+    """How far single runs, and the means over seeds, moved in a second run of the same commands."""
+    first, second = map(table_cells, names.split(","))
+    rows = [mean(percent(first[m], "certified")) - mean(percent(second[m], "certified"))
+            for m in first]
+    known = {c["train"]: c for cells in second.values() for c in cells}
+    pairs = [(c, known[c["train"]]) for cells in first.values() for c in cells]
+    moved = sorted(((100 * abs(a["certified"] - b["certified"]) / a["n"],
+                     f"{NAME[a['relax']]}, {NAME[a['opt']]}") for a, b in pairs), reverse=True)
+    same = sum(abs(a["certified"] - b["certified"]) <= 1 for a, b in pairs)
+    return [f"The mean of each of the {len(rows)} rows moved by at most {max(map(abs, rows)):.1f} "
+            f"points; {same} of {len(pairs)} runs certify the same to one image, and those that "
+            "moved most, by rounding alone, did so by "
+            + " and ".join(f"{d:.0f} ({m})" for d, m in moved[:2]) + " points."]
 
 
 def sweeps(name):
@@ -300,7 +317,7 @@ def reach(name):
 TABLES = {"results": results_table, "differences": differences, "source": source,
           "sweeps": sweeps, "summary": summary, "speed": speed, "measured": measured,
           "population": population, "rgs": rgs_steps, "growth": growth, "fits": fits,
-          "scaling": scaling, "reach": reach, "gaps": gaps}
+          "scaling": scaling, "reach": reach, "gaps": gaps, "again": again}
 PAGES = [experiments.ROOT / folder / "README.md" for folder in (".", "results", "benchmarks")]
 
 
