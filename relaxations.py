@@ -33,6 +33,13 @@ Guarantee: the bounds are sound in exact arithmetic, for every network this file
 floating point they carry the rounding error of the sums, so a margin within about 1e-4 of zero
 should be decided in float64 (certify.py does). TF32 rounds to 10 bits and is switched off below.
 
+How to read this file. Those steps are _lower_bounds, with one function for each;
+margin_lower_bounds takes them for the margins, _back_substituted and _tightened for the neurons.
+The method is in the sections "interval arithmetic", "relaxing one ReLU", "back-substitution" and
+"the bounds". Beside it: "the network" reads and checks an nn.Sequential; "windows" keeps books on
+what a neuron of a convolution sees; "free choices" are alpha- and beta-CROWN. Last comes what is
+for speed and memory only.
+
 Letters in shape comments, here and in the other modules:
     P  parameter vectors (the population; 1 if there is only one)      B  samples      K  classes
     N  neurons of a layer, N = C*H*W       O, C  channels out of / into a convolution
@@ -312,11 +319,6 @@ def _below(window, op):
                   tuple(Q * t + q for Q, t, q in zip(window.padding, s, p)))
 
 
-def _padded(t, value=0):
-    """Fill up the last dimension to a multiple of 16: matrix products are fast with it."""
-    return F.pad(t, (0, -t.shape[-1] % 16), value=value)
-
-
 @lru_cache(maxsize=64)
 def _seen(window, positions, shape, device):
     """Which neurons of a map each position sees: indices (G, F) into (C, H, W), N for nothing.
@@ -421,13 +423,6 @@ def _through_affine(A, d, window, op, rows):
     return (flat @ M).unflatten(1, lead), d, below
 
 
-def _is_dense(op, size):
-    """Is a product with one dense matrix, mostly zeros, faster than the transposed convolution?
-    Measured on a CPU: the fewer the channels below, the slower is the convolution."""
-    C, kh, kw = op.weight.shape[2:]
-    return size[0] * size[1] * C <= min(64, 10 * C) * kh * kw
-
-
 def _conv_transpose(A, op, window):
     """The transpose of a convolution: rows (P, M, F) over a window of its output, or over all of
     it (None) -> (P, M, F') over the window below, or over all of its input."""
@@ -441,102 +436,6 @@ def _conv_transpose(A, op, window):
     A = _ConvTranspose.apply(A.flatten(1, 2), op.weight.flatten(0, 1), size, op.stride, padding,
                              op.dilation, P * op.groups)                       # (M, P*C, H, W)
     return A.unflatten(1, (P, -1)).permute(1, 0, 3, 4, 2).flatten(2)
-
-
-class _ConvTranspose(torch.autograd.Function):
-    """conv_transpose2d to a map of the given size; on a CPU faster, where channels are few."""
-
-    @staticmethod
-    def forward(ctx, A, weight, size, stride, padding, dilation, groups):
-        ctx.save_for_backward(A, weight)
-        ctx.options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
-        kernel = tuple(weight.shape[2:])
-        square = kernel[0] == kernel[1] and stride[0] == stride[1] and padding[0] == padding[1]
-        if weight.shape[1] < 4 and stride[0] > 1 and square and dilation == (1, 1) \
-                and padding[0] < kernel[0]:
-            return _sub_pixel(A, weight, size, kernel[0], stride[0], padding[0], groups)
-        rest = [(n + 2 * p - d * (k - 1) - 1) % s
-                for n, p, d, k, s in zip(size, padding, dilation, kernel, stride)]
-        return F.conv_transpose2d(A, weight, output_padding=rest, **ctx.options)
-
-    @staticmethod
-    def backward(ctx, g):
-        A, weight = ctx.saved_tensors
-        return (F.conv2d(g, weight, **ctx.options) if ctx.needs_input_grad[0] else None,
-                nn.grad.conv2d_weight(g, weight.shape, A, **ctx.options)
-                if ctx.needs_input_grad[1] else None, *[None] * 5)
-
-
-def _sub_pixel(A, weight, size, k, s, p, groups):
-    """conv_transpose2d of kernel k, stride s, padding p. Between two inputs lie s*s outputs: each
-    is a convolution of its own, with every s-th weight (Shi et al. 2016, "sub-pixel")."""
-    taps = -(-k // s)
-    W = F.pad(weight, (0, taps * s - k, 0, taps * s - k)).unflatten(0, (groups, -1))
-    W = W.unflatten(4, (taps, s)).unflatten(3, (taps, s))             # (groups, O, C, t, s, t, s)
-    W = W.permute(0, 2, 4, 6, 1, 3, 5).flip(5, 6).flatten(0, 3)       # (groups*C*s*s, O, t, t)
-    A = F.pixel_shuffle(F.conv2d(A, W, padding=taps - 1 - p // s, groups=groups), s)
-    bottom, right = (n + p % s - m for n, m in zip(size, A.shape[2:]))
-    return F.pad(A, (-(p % s), right, -(p % s), bottom))
-
-
-def _negative(A):
-    """A- = min(A, 0): as clamp(max=0), whose backward pass is ten times as slow on a CPU."""
-    return F.hardtanh(A, -torch.inf, 0.0)
-
-
-def _through_negative(grad, A):
-    """The gradient of A-, times grad."""
-    return torch.ops.aten.hardtanh_backward(grad, A.expand_as(grad), -torch.inf, 0.0)
-
-
-# The inner loops of everything. Their backward passes are written out: they go over the rows less
-# often than autograd's, and of all that is as large as A they keep only A.
-
-class _Lines(torch.autograd.Function):
-    """A+ lower + A- upper (P, B, G, R, F) and A- . intercept (P, B, G, R), where A = A+ + A-."""
-
-    @staticmethod
-    def forward(ctx, A, lower, upper, intercept):
-        ctx.save_for_backward(A, lower, upper, intercept)
-        negative = _negative(A)
-        return torch.addcmul(A * lower, negative, upper - lower), _dot(negative, intercept)
-
-    @staticmethod
-    def backward(ctx, g, h):
-        A, lower, upper, intercept = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        grads = [None] * 4
-        if need[0]:
-            grad = (g * (upper - lower)).addcmul_(h[..., None], intercept)
-            grads[0] = _through_negative(grad, A).addcmul_(g, lower).sum_to_size(A.shape)
-        if need[1]:
-            grads[1] = (g * F.relu(A)).sum_to_size(lower.shape)
-        if need[2] or need[3]:
-            negative = _negative(A)
-            grads[2] = (g * negative).sum_to_size(upper.shape)
-            grads[3] = (h[..., None, :] @ negative).sum_to_size(intercept.shape)
-        return tuple(grads)
-
-
-class _Minimum(torch.autograd.Function):
-    """A+ . lower + A- . upper, (P, B, G, R)."""
-
-    @staticmethod
-    def forward(ctx, A, lower, upper):
-        ctx.save_for_backward(A, lower, upper)
-        return (A @ lower.mT + _negative(A) @ (upper - lower).mT).squeeze(-1)
-
-    @staticmethod
-    def backward(ctx, g):
-        A, lower, upper = ctx.saved_tensors
-        grads, column, row = [None] * 3, g[..., None], g[..., None, :]
-        if ctx.needs_input_grad[0]:
-            grad = _through_negative(column * (upper - lower), A)
-            grads[0] = grad.addcmul_(column, lower).sum_to_size(A.shape)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grads[1] = (row @ F.relu(A)).sum_to_size(lower.shape)
-            grads[2] = (row @ _negative(A)).sum_to_size(upper.shape)
-        return tuple(grads)
 
 
 def _through_relu(A, d, lower, upper, intercept, multiplier=None):
@@ -554,45 +453,6 @@ def _minimum(A, d, lower, upper):
     if A.shape[1:3] == (1, 1):
         return d + _dot(A, lower) + _dot(_negative(A), upper - lower)
     return d + _Minimum.apply(A, lower, upper)
-
-
-class _Sides(torch.autograd.Function):
-    """X - Y and -X - Y, one after the other along R: the rows, and minus the rows."""
-
-    @staticmethod
-    def forward(ctx, X, Y):
-        R = X.shape[3]
-        both = X.new_empty(*X.shape[:3], 2 * R, *X.shape[4:])
-        torch.sub(X, Y, out=both[:, :, :, :R])
-        torch.add(X, Y, out=both[:, :, :, R:]).neg_()
-        return both
-
-    @staticmethod
-    def backward(ctx, g):
-        a, b = g.chunk(2, 3)
-        return a - b, (a + b).neg_()
-
-
-class _Dot(torch.autograd.Function):
-    """(A @ v.mT).squeeze(-1), whose own backward pass loops over samples on a CPU."""
-
-    @staticmethod
-    def forward(ctx, A, v):
-        ctx.save_for_backward(A, v)
-        return (A @ v.mT).squeeze(-1)
-
-    @staticmethod
-    def backward(ctx, g):
-        A, v = ctx.saved_tensors
-        return ((g[..., None] * v).sum_to_size(A.shape) if ctx.needs_input_grad[0] else None,
-                (g[..., None, :] @ A).sum_to_size(v.shape) if ctx.needs_input_grad[1] else None)
-
-
-def _dot(A, v):
-    """(P, B, G, R, F) . (P, B, G, 1, F) -> (P, B, G, R); one matrix product if all share A."""
-    if A.shape[1:3] == (1, 1):
-        return (v.flatten(1, 3) @ A[:, 0, 0].mT).view(-1, *v.shape[1:3], A.shape[3])
-    return _Dot.apply(A, v)
 
 
 def _seen_below(rows, window, shape, stages, bottom, relus, box):
@@ -649,18 +509,6 @@ def _map_shapes(stages):
     return shapes[::-1]
 
 
-def _sizes(window, shape, ops):
-    """The numbers of coefficients that one row holds, one after another, going down through ops."""
-    sizes = []
-    for op in [*reversed(ops), None]:
-        kernel = shape[1:] if window is None else window.kernel
-        size = shape[0] * torch.Size(kernel).numel()
-        sizes.append(size if window is None else size + -size % 16)            # as _padded
-        if op is not None:
-            window, shape = _below(window, op), op.in_shape
-    return sizes
-
-
 def _first_rows(op):
     """The rows e_j W of a layer, which depend on the weights alone, by their first step down.
 
@@ -674,81 +522,6 @@ def _first_rows(op):
     W, c, window = _through_affine(eye, eye.new_zeros(1, 1, 1, O),
                                    Window((1, 1), (1, 1), (0, 0)) if op.is_conv else None, op, rows)
     return W.view(P, -1, O, W.shape[-1]), c.view(P, -1, O), window, rows
-
-
-def _first_relu(W, c, window, rows, relu, op):
-    """The first two steps of back-substitution, a ReLU and the affine layer op below it, for rows
-    W z + c that all samples and positions share: W (P, O, F), c (P, O).
-
-    With m and r the mean and half the difference of the two slopes, and t the intercept,
-        a relu(z)  >=  a (m z + t/2) - |a| (r z + t/2)
-        a relu(z)  <=  a (m z + t/2) + |a| (r z + t/2)
-    and z = M h + b. So two products serve for both: of m and r (P, B*G, F) with what depends on
-    the weights alone, a M and |a| M (P, F, O*F'). No sample has coefficients of z of its own.
-
-    Returns a function of slices of samples and of rows: coefficients (P, B, G, 2O, F') and
-    constants (P, B, G, 2O) of the lower bounds of the rows, and of minus the rows.
-    """
-    M, b = _matrix(op, window), _bias(op, window)[:, None, None]
-    lower, upper, intercept = relu
-    mean, half, t = (_take(map, window, op.out_shape, rows)[..., 0, :]
-                     for map in ((lower + upper) / 2, (upper - lower) / 2, intercept / 2))
-    sides = (mean, mean * b + t), (half, half * b + t)                         # (P, B, G, F) each
-
-    def product(A, slope, constant):
-        AM = (A.mT[..., None] * M[:, :, None]).flatten(2)                      # (P, F, O*F')
-        lead = *slope.shape[1:3], A.shape[1]
-        return ((slope.flatten(1, 2) @ AM).view(len(M), *lead, -1),
-                (constant.flatten(1, 2) @ A.mT).view(len(M), *lead))
-
-    def start(samples, some):
-        A = W[:, some]
-        (X, x), (Y, y) = (product(a, *(t[:, samples] for t in side))
-                          for a, side in zip((A, A.abs()), sides))
-        x = x + c[:, None, None, some]
-        return _Sides.apply(X, Y), torch.cat([x - y, -x - y], 3)
-
-    return start
-
-
-class Budget:
-    """Bytes that the passes of one call may hold: half for what is kept for backward, a quarter for
-    the pass at work, a quarter in reserve for what is not counted."""
-
-    def __init__(self, memory, t):
-        if memory is None and t.is_cuda:
-            memory = torch.cuda.get_device_properties(t.device).total_memory // 2
-        elif memory is None:
-            memory = MEMORY[t.device.type]
-        if not 0 <= memory < float("inf"):
-            raise ValueError(f"memory={memory} has to be a number of bytes")
-        self.chunk, self.number = CHUNK[t.device.type], t.element_size()
-        self.at_work, self.left = int(memory) // 4, int(memory) // 2
-
-    def fit(self, rows, sizes, held):
-        """How many times so many rows of so many coefficients go down in one pass, at least 1; and
-        the bytes that this many rows keep for backward.
-
-        held: numbers for each coefficient: it before and after its ReLU, and lines of its own.
-        """
-        keeps = int(rows * held * sum(sizes) * self.number)
-        works = keeps + 3 * rows * max(sizes) * self.number            # 3: what backward adds
-        return max(1, min(self.chunk // (rows * max(sizes)), self.at_work // works)), keeps
-
-    def spend(self, cost):
-        """May so many bytes be kept for backward? Where there is none, nothing is kept."""
-        if not torch.is_grad_enabled():
-            return True
-        fits = cost <= self.left
-        self.left -= cost if fits else 0
-        return fits
-
-    def run(self, bound, jobs, cost):
-        """bound(*job) of all jobs, one after another. Those that the budget does not let keep what
-        backward needs, cost bytes each, compute it again there: a third more time."""
-        return [bound(*job) if self.spend(cost) else
-                checkpoint(bound, *job, use_reentrant=False, preserve_rng_state=False)
-                for job in jobs]
 
 
 def _back_substituted(s, stages, relus, box, budget):
@@ -833,147 +606,6 @@ def _tightened(l, u, s, stages, relus, box, budget, steps=0):
     low = torch.cat(low, 1)[member, slot]
     return (l.index_put(where, torch.maximum(l[where], low[:, 0])),
             u.index_put(where, torch.minimum(u[where], -low[:, 1])))
-
-
-# ------------------------------------------------------------------------------------ free choices
-# Two things in a back-substituted bound may be chosen at will, row by row. Every choice is sound,
-# a good one is tight: alpha-CROWN and beta-CROWN raise the bound by gradient ascent on them.
-#
-# alpha, the slope of the lower line of an unstable ReLU: anything in [0, 1] (Xu et al. 2021).
-#
-# beta, for branch and bound (Wang et al. 2021, "Beta-CROWN: efficient bound propagation with
-# per-neuron split constraints for neural network robustness verification"). A subdomain S of the
-# ball consists of the points where some pre-activations have a given sign, s_j z_j >= 0 with s_j =
-# 1 or -1. That makes those ReLUs linear, but leaves the constraints unused. For any beta_j >= 0,
-#     min over S of f(x)  >=  min over S of     f(x) - sum_j beta_j s_j z_j(x)    (subtracts >= 0)
-#                         >=  min over ball of  f(x) - sum_j beta_j s_j z_j(x)    (S is part of it)
-# and the last is bounded by back-substitution as ever: once its ReLU is passed, the coefficient a_j
-# of z_j becomes a_j - s_j beta_j. beta = 0 gives the old bound back. With the best alpha and beta
-# it is that of the linear program made of the lines around the ReLUs and of all constraints; if
-# that program has no solution, it grows beyond all limits.
-
-class Free(NamedTuple):
-    """What rows may choose at one ReLU, (P, B, G, R, F) each."""
-    slope: torch.Tensor                # of the lower line, between those of limits
-    multiplier: torch.Tensor = None    # s beta; None: 0
-    limits: tuple = None               # of the slope: 0 and 1 where unstable, else both the slope
-
-
-def pinned_forward(stages, active, x):
-    """Pre-activations (B, N) before all ReLUs and logits (B, K) of inputs x (B, N_in), with each
-    relu(z) replaced by active * z, active (B, N): affine in x; the network itself where the active
-    neurons have z >= 0 and the others z <= 0."""
-    before, h, n = [x.new_zeros(len(x), 0)], x[None], 0
-    for s, ops in enumerate(stages):
-        for op in ops:
-            h = _forward(op, h, op.weight, op.bias)
-        if s < len(stages) - 1:
-            before.append(h[0])
-            h = h * active[:, n:n + h.shape[-1]]
-            n += h.shape[-1]
-    return torch.cat(before, 1), h[0]
-
-
-def _ascend(bound, free, limits, rates, steps, target=torch.inf):
-    """Raise the bound of every row by projected Adam on what is free: (best bounds, choices).
-
-    bound(free) -> (...); each tensor of free is (..., F), F numbers for each row. limits has its
-    (lowest, highest), rates its first step size. The given choices are tried first, and each row
-    keeps its best ones, so no row gets looser. Stops early when all bounds exceed target.
-    """
-    free = [t.detach().clone().requires_grad_() for t in free]
-    optimizer = torch.optim.Adam([{"params": t, "lr": r} for t, r in zip(free, rates)],
-                                 maximize=True, fused=True)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    best, chosen = -torch.inf, [t.detach().clone() for t in free]
-    same = lambda t: t
-    for step in range(steps + 1):
-        # The hooks: inside a checkpoint, its own would compute the pass again for each backward.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(same, same):
-            low = bound(free)
-            total = low.sum()                              # rows share nothing that is free
-        better = low.detach() > best
-        best = torch.where(better, low.detach(), best)
-        for t, c in zip(free, chosen):
-            c.copy_(torch.where(better[..., None], t.detach(), c))
-        if step == steps or (best > target).all():
-            return best, chosen
-        optimizer.zero_grad()
-        total.backward(inputs=free)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            for t, (lowest, highest) in zip(free, limits):
-                t.clamp_(lowest, highest)
-
-
-def _with_best_slopes(bound, steps):
-    """The best of bound(free) over the lower slopes of each row, from the rule's (alpha-CROWN).
-
-    Its gradient is that of bound at the slopes found, held fixed.
-    """
-    if not steps:
-        return bound(None)
-    rule = {}
-    low = bound(rule)                                      # fills in the rule's slopes
-    if rule:
-        slopes, _, limits = zip(*rule.values())
-        chosen = lambda slopes: bound({s: Free(t) for s, t in zip(rule, slopes)})
-        best, slopes = _ascend(chosen, slopes, limits, [RATES[0]] * len(rule), steps)
-        low = chosen(slopes) if torch.is_grad_enabled() else best
-    return low
-
-
-class Subdomains(NamedTuple):
-    """B parts of balls, on each of which one linear function of the logits is to be bounded.
-
-    N counts the neurons before all ReLUs, in the order of the network.
-    """
-    sizes: list                 # of the ReLUs, as they make up N
-    rows: torch.Tensor          # (B, K) the functions
-    box: list                   # lower and upper bounds of the input, (1, B, N_in) each
-    l: torch.Tensor             # (B, N) bounds before the ReLUs
-    u: torch.Tensor
-    signs: torch.Tensor         # (B, N) 1 or -1 where the part has s z >= 0, else 0
-    slopes: torch.Tensor        # (B, N) lower slopes, used where l < 0 < u
-    multipliers: torch.Tensor   # (B, N) s beta
-
-
-def subdomain_bounds(stages, sub, steps=0, target=torch.inf, trace=None):
-    """Sound lower bounds (B,) of the functions on their subdomains; and the slopes and multipliers
-    (B, N) that give them, the given ones or better by so many steps of ascent.
-
-    trace: with steps=0, a list to be filled with the coefficients (B, ...) of each ReLU's outputs,
-    bottom up, after those of the input.
-    """
-    shapes = _map_shapes(stages)
-
-    def by_relu(t, *lead):
-        return [part.reshape(*lead, part.shape[-1]) for part in t.split(sub.sizes, -1)]
-
-    def bound(choices):
-        parts = ([_channels_last(part, shape)
-                  for part, shape in zip(by_relu(t, 1, -1, 1, 1), shapes[1:])] for t in choices)
-        return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, shapes[-1], rows, stages, 0, seen,
-                             {s: Free(*p) for s, p in enumerate(zip(*parts))}, found)[0, :, 0, 0]
-
-    rows = Rows((1, 1))
-    relus = [relax_relu(l, u) for l, u in zip(by_relu(sub.l, 1, -1), by_relu(sub.u, 1, -1))]
-    seen = _seen_below(rows, None, shapes[-1], stages, 0, relus, sub.box)
-    A = _channels_last(sub.rows, shapes[-1])[None, :, None, None]
-    found = None if trace is None else []
-    upper, zero = torch.cat([sub.l[:, :0], *(relu.upper[0] for relu in relus)], -1), 0 * sub.signs
-    limits = [(upper.floor(), upper.ceil()), (zero.masked_fill(sub.signs < 0, -torch.inf),
-                                              zero.masked_fill(sub.signs > 0, torch.inf))]
-    choices = [t.clamp(*limit) for t, limit in zip((sub.slopes, sub.multipliers), limits)]
-    if steps and sub.sizes:
-        low, choices = _ascend(bound, choices, limits, RATES, steps, target)
-    else:
-        low = bound(choices)
-    if trace is not None:
-        trace += [_channels_last(A[0, :, 0, 0], shape, back=True)
-                  for A, shape in zip(reversed(found), shapes)]
-    return low, *choices
 
 
 # ------------------------------------------------------------------------------------- the bounds
@@ -1132,3 +764,389 @@ def _outer_shapes(shapes, x, params):
 
 def _population(params):
     return len(next(iter(params.values()))) if params else 1
+
+
+# ------------------------------------------------------------------------------------ free choices
+# Two things in a back-substituted bound may be chosen at will, row by row. Every choice is sound,
+# a good one is tight: alpha-CROWN and beta-CROWN raise the bound by gradient ascent on them.
+#
+# alpha, the slope of the lower line of an unstable ReLU: anything in [0, 1] (Xu et al. 2021).
+#
+# beta, for branch and bound (Wang et al. 2021, "Beta-CROWN: efficient bound propagation with
+# per-neuron split constraints for neural network robustness verification"). A subdomain S of the
+# ball consists of the points where some pre-activations have a given sign, s_j z_j >= 0 with s_j =
+# 1 or -1. That makes those ReLUs linear, but leaves the constraints unused. For any beta_j >= 0,
+#     min over S of f(x)  >=  min over S of     f(x) - sum_j beta_j s_j z_j(x)    (subtracts >= 0)
+#                         >=  min over ball of  f(x) - sum_j beta_j s_j z_j(x)    (S is part of it)
+# and the last is bounded by back-substitution as ever: once its ReLU is passed, the coefficient a_j
+# of z_j becomes a_j - s_j beta_j. beta = 0 gives the old bound back. With the best alpha and beta
+# it is that of the linear program made of the lines around the ReLUs and of all constraints; if
+# that program has no solution, it grows beyond all limits.
+
+class Free(NamedTuple):
+    """What rows may choose at one ReLU, (P, B, G, R, F) each."""
+    slope: torch.Tensor                # of the lower line, between those of limits
+    multiplier: torch.Tensor = None    # s beta; None: 0
+    limits: tuple = None               # of the slope: 0 and 1 where unstable, else both the slope
+
+
+def pinned_forward(stages, active, x):
+    """Pre-activations (B, N) before all ReLUs and logits (B, K) of inputs x (B, N_in), with each
+    relu(z) replaced by active * z, active (B, N): affine in x; the network itself where the active
+    neurons have z >= 0 and the others z <= 0."""
+    before, h, n = [x.new_zeros(len(x), 0)], x[None], 0
+    for s, ops in enumerate(stages):
+        for op in ops:
+            h = _forward(op, h, op.weight, op.bias)
+        if s < len(stages) - 1:
+            before.append(h[0])
+            h = h * active[:, n:n + h.shape[-1]]
+            n += h.shape[-1]
+    return torch.cat(before, 1), h[0]
+
+
+def _ascend(bound, free, limits, rates, steps, target=torch.inf):
+    """Raise the bound of every row by projected Adam on what is free: (best bounds, choices).
+
+    bound(free) -> (...); each tensor of free is (..., F), F numbers for each row. limits has its
+    (lowest, highest), rates its first step size. The given choices are tried first, and each row
+    keeps its best ones, so no row gets looser. Stops early when all bounds exceed target.
+    """
+    free = [t.detach().clone().requires_grad_() for t in free]
+    optimizer = torch.optim.Adam([{"params": t, "lr": r} for t, r in zip(free, rates)],
+                                 maximize=True, fused=True)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    best, chosen = -torch.inf, [t.detach().clone() for t in free]
+    same = lambda t: t
+    for step in range(steps + 1):
+        # The hooks: inside a checkpoint, its own would compute the pass again for each backward.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(same, same):
+            low = bound(free)
+            total = low.sum()                              # rows share nothing that is free
+        better = low.detach() > best
+        best = torch.where(better, low.detach(), best)
+        for t, c in zip(free, chosen):
+            c.copy_(torch.where(better[..., None], t.detach(), c))
+        if step == steps or (best > target).all():
+            return best, chosen
+        optimizer.zero_grad()
+        total.backward(inputs=free)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for t, (lowest, highest) in zip(free, limits):
+                t.clamp_(lowest, highest)
+
+
+def _with_best_slopes(bound, steps):
+    """The best of bound(free) over the lower slopes of each row, from the rule's (alpha-CROWN).
+
+    Its gradient is that of bound at the slopes found, held fixed.
+    """
+    if not steps:
+        return bound(None)
+    rule = {}
+    low = bound(rule)                                      # fills in the rule's slopes
+    if rule:
+        slopes, _, limits = zip(*rule.values())
+        chosen = lambda slopes: bound({s: Free(t) for s, t in zip(rule, slopes)})
+        best, slopes = _ascend(chosen, slopes, limits, [RATES[0]] * len(rule), steps)
+        low = chosen(slopes) if torch.is_grad_enabled() else best
+    return low
+
+
+class Subdomains(NamedTuple):
+    """B parts of balls, on each of which one linear function of the logits is to be bounded.
+
+    N counts the neurons before all ReLUs, in the order of the network.
+    """
+    sizes: list                 # of the ReLUs, as they make up N
+    rows: torch.Tensor          # (B, K) the functions
+    box: list                   # lower and upper bounds of the input, (1, B, N_in) each
+    l: torch.Tensor             # (B, N) bounds before the ReLUs
+    u: torch.Tensor
+    signs: torch.Tensor         # (B, N) 1 or -1 where the part has s z >= 0, else 0
+    slopes: torch.Tensor        # (B, N) lower slopes, used where l < 0 < u
+    multipliers: torch.Tensor   # (B, N) s beta
+
+
+def subdomain_bounds(stages, sub, steps=0, target=torch.inf, trace=None):
+    """Sound lower bounds (B,) of the functions on their subdomains; and the slopes and multipliers
+    (B, N) that give them, the given ones or better by so many steps of ascent.
+
+    trace: with steps=0, a list to be filled with the coefficients (B, ...) of each ReLU's outputs,
+    bottom up, after those of the input.
+    """
+    shapes = _map_shapes(stages)
+
+    def by_relu(t, *lead):
+        return [part.reshape(*lead, part.shape[-1]) for part in t.split(sub.sizes, -1)]
+
+    def bound(choices):
+        parts = ([_channels_last(part, shape)
+                  for part, shape in zip(by_relu(t, 1, -1, 1, 1), shapes[1:])] for t in choices)
+        return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, shapes[-1], rows, stages, 0, seen,
+                             {s: Free(*p) for s, p in enumerate(zip(*parts))}, found)[0, :, 0, 0]
+
+    rows = Rows((1, 1))
+    relus = [relax_relu(l, u) for l, u in zip(by_relu(sub.l, 1, -1), by_relu(sub.u, 1, -1))]
+    seen = _seen_below(rows, None, shapes[-1], stages, 0, relus, sub.box)
+    A = _channels_last(sub.rows, shapes[-1])[None, :, None, None]
+    found = None if trace is None else []
+    upper, zero = torch.cat([sub.l[:, :0], *(relu.upper[0] for relu in relus)], -1), 0 * sub.signs
+    limits = [(upper.floor(), upper.ceil()), (zero.masked_fill(sub.signs < 0, -torch.inf),
+                                              zero.masked_fill(sub.signs > 0, torch.inf))]
+    choices = [t.clamp(*limit) for t, limit in zip((sub.slopes, sub.multipliers), limits)]
+    if steps and sub.sizes:
+        low, choices = _ascend(bound, choices, limits, RATES, steps, target)
+    else:
+        low = bound(choices)
+    if trace is not None:
+        trace += [_channels_last(A[0, :, 0, 0], shape, back=True)
+                  for A, shape in zip(reversed(found), shapes)]
+    return low, *choices
+
+
+# ----------------------------------------------------------------------- for speed and memory only
+# What follows computes nothing new. Each piece has a short form that gives the same numbers up to
+# rounding, but is slower, or keeps more for the backward pass:
+#
+#     _ConvTranspose      F.conv_transpose2d, slow on a CPU where channels are few
+#     _Lines, _Minimum    F.relu(A) * lower + _negative(A) * upper, and sums over it
+#     _dot, _Sides        (A * v).sum(-1) and torch.cat
+#     _first_relu         _through_relu and _through_affine, of the rows and of minus the rows
+#
+# _is_dense chooses between two forms of a layer, Budget how many rows go down at once.
+
+def _padded(t, value=0):
+    """Fill up the last dimension to a multiple of 16: matrix products are fast with it."""
+    return F.pad(t, (0, -t.shape[-1] % 16), value=value)
+
+
+def _is_dense(op, size):
+    """Is a product with one dense matrix, mostly zeros, faster than the transposed convolution?
+    Measured on a CPU: the fewer the channels below, the slower is the convolution."""
+    C, kh, kw = op.weight.shape[2:]
+    return size[0] * size[1] * C <= min(64, 10 * C) * kh * kw
+
+
+class _ConvTranspose(torch.autograd.Function):
+    """conv_transpose2d to a map of the given size; on a CPU faster, where channels are few."""
+
+    @staticmethod
+    def forward(ctx, A, weight, size, stride, padding, dilation, groups):
+        ctx.save_for_backward(A, weight)
+        ctx.options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+        kernel = tuple(weight.shape[2:])
+        square = kernel[0] == kernel[1] and stride[0] == stride[1] and padding[0] == padding[1]
+        if weight.shape[1] < 4 and stride[0] > 1 and square and dilation == (1, 1) \
+                and padding[0] < kernel[0]:
+            return _sub_pixel(A, weight, size, kernel[0], stride[0], padding[0], groups)
+        rest = [(n + 2 * p - d * (k - 1) - 1) % s
+                for n, p, d, k, s in zip(size, padding, dilation, kernel, stride)]
+        return F.conv_transpose2d(A, weight, output_padding=rest, **ctx.options)
+
+    @staticmethod
+    def backward(ctx, g):
+        A, weight = ctx.saved_tensors
+        return (F.conv2d(g, weight, **ctx.options) if ctx.needs_input_grad[0] else None,
+                nn.grad.conv2d_weight(g, weight.shape, A, **ctx.options)
+                if ctx.needs_input_grad[1] else None, *[None] * 5)
+
+
+def _sub_pixel(A, weight, size, k, s, p, groups):
+    """conv_transpose2d of kernel k, stride s, padding p. Between two inputs lie s*s outputs: each
+    is a convolution of its own, with every s-th weight (Shi et al. 2016, "sub-pixel")."""
+    taps = -(-k // s)
+    W = F.pad(weight, (0, taps * s - k, 0, taps * s - k)).unflatten(0, (groups, -1))
+    W = W.unflatten(4, (taps, s)).unflatten(3, (taps, s))             # (groups, O, C, t, s, t, s)
+    W = W.permute(0, 2, 4, 6, 1, 3, 5).flip(5, 6).flatten(0, 3)       # (groups*C*s*s, O, t, t)
+    A = F.pixel_shuffle(F.conv2d(A, W, padding=taps - 1 - p // s, groups=groups), s)
+    bottom, right = (n + p % s - m for n, m in zip(size, A.shape[2:]))
+    return F.pad(A, (-(p % s), right, -(p % s), bottom))
+
+
+def _negative(A):
+    """A- = min(A, 0): as clamp(max=0), whose backward pass is ten times as slow on a CPU."""
+    return F.hardtanh(A, -torch.inf, 0.0)
+
+
+def _through_negative(grad, A):
+    """The gradient of A-, times grad."""
+    return torch.ops.aten.hardtanh_backward(grad, A.expand_as(grad), -torch.inf, 0.0)
+
+
+# The inner loops of everything. Their backward passes are written out: they go over the rows less
+# often than autograd's, and of all that is as large as A they keep only A.
+
+class _Lines(torch.autograd.Function):
+    """A+ lower + A- upper (P, B, G, R, F) and A- . intercept (P, B, G, R), where A = A+ + A-."""
+
+    @staticmethod
+    def forward(ctx, A, lower, upper, intercept):
+        ctx.save_for_backward(A, lower, upper, intercept)
+        negative = _negative(A)
+        return torch.addcmul(A * lower, negative, upper - lower), _dot(negative, intercept)
+
+    @staticmethod
+    def backward(ctx, g, h):
+        A, lower, upper, intercept = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        grads = [None] * 4
+        if need[0]:
+            grad = (g * (upper - lower)).addcmul_(h[..., None], intercept)
+            grads[0] = _through_negative(grad, A).addcmul_(g, lower).sum_to_size(A.shape)
+        if need[1]:
+            grads[1] = (g * F.relu(A)).sum_to_size(lower.shape)
+        if need[2] or need[3]:
+            negative = _negative(A)
+            grads[2] = (g * negative).sum_to_size(upper.shape)
+            grads[3] = (h[..., None, :] @ negative).sum_to_size(intercept.shape)
+        return tuple(grads)
+
+
+class _Minimum(torch.autograd.Function):
+    """A+ . lower + A- . upper, (P, B, G, R)."""
+
+    @staticmethod
+    def forward(ctx, A, lower, upper):
+        ctx.save_for_backward(A, lower, upper)
+        return (A @ lower.mT + _negative(A) @ (upper - lower).mT).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, g):
+        A, lower, upper = ctx.saved_tensors
+        grads, column, row = [None] * 3, g[..., None], g[..., None, :]
+        if ctx.needs_input_grad[0]:
+            grad = _through_negative(column * (upper - lower), A)
+            grads[0] = grad.addcmul_(column, lower).sum_to_size(A.shape)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grads[1] = (row @ F.relu(A)).sum_to_size(lower.shape)
+            grads[2] = (row @ _negative(A)).sum_to_size(upper.shape)
+        return tuple(grads)
+
+
+class _Dot(torch.autograd.Function):
+    """(A @ v.mT).squeeze(-1), whose own backward pass loops over samples on a CPU."""
+
+    @staticmethod
+    def forward(ctx, A, v):
+        ctx.save_for_backward(A, v)
+        return (A @ v.mT).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, g):
+        A, v = ctx.saved_tensors
+        return ((g[..., None] * v).sum_to_size(A.shape) if ctx.needs_input_grad[0] else None,
+                (g[..., None, :] @ A).sum_to_size(v.shape) if ctx.needs_input_grad[1] else None)
+
+
+def _dot(A, v):
+    """(P, B, G, R, F) . (P, B, G, 1, F) -> (P, B, G, R); one matrix product if all share A."""
+    if A.shape[1:3] == (1, 1):
+        return (v.flatten(1, 3) @ A[:, 0, 0].mT).view(-1, *v.shape[1:3], A.shape[3])
+    return _Dot.apply(A, v)
+
+
+def _first_relu(W, c, window, rows, relu, op):
+    """The first two steps of back-substitution, a ReLU and the affine layer op below it, for rows
+    W z + c that all samples and positions share: W (P, O, F), c (P, O).
+
+    With m and r the mean and half the difference of the two slopes, and t the intercept,
+        a relu(z)  >=  a (m z + t/2) - |a| (r z + t/2)
+        a relu(z)  <=  a (m z + t/2) + |a| (r z + t/2)
+    and z = M h + b. So two products serve for both: of m and r (P, B*G, F) with what depends on
+    the weights alone, a M and |a| M (P, F, O*F'). No sample has coefficients of z of its own.
+
+    Returns a function of slices of samples and of rows: coefficients (P, B, G, 2O, F') and
+    constants (P, B, G, 2O) of the lower bounds of the rows, and of minus the rows.
+    """
+    M, b = _matrix(op, window), _bias(op, window)[:, None, None]
+    lower, upper, intercept = relu
+    mean, half, t = (_take(map, window, op.out_shape, rows)[..., 0, :]
+                     for map in ((lower + upper) / 2, (upper - lower) / 2, intercept / 2))
+    sides = (mean, mean * b + t), (half, half * b + t)                         # (P, B, G, F) each
+
+    def product(A, slope, constant):
+        AM = (A.mT[..., None] * M[:, :, None]).flatten(2)                      # (P, F, O*F')
+        lead = *slope.shape[1:3], A.shape[1]
+        return ((slope.flatten(1, 2) @ AM).view(len(M), *lead, -1),
+                (constant.flatten(1, 2) @ A.mT).view(len(M), *lead))
+
+    def start(samples, some):
+        A = W[:, some]
+        (X, x), (Y, y) = (product(a, *(t[:, samples] for t in side))
+                          for a, side in zip((A, A.abs()), sides))
+        x = x + c[:, None, None, some]
+        return _Sides.apply(X, Y), torch.cat([x - y, -x - y], 3)
+
+    return start
+
+
+class _Sides(torch.autograd.Function):
+    """X - Y and -X - Y, one after the other along R: the rows, and minus the rows."""
+
+    @staticmethod
+    def forward(ctx, X, Y):
+        R = X.shape[3]
+        both = X.new_empty(*X.shape[:3], 2 * R, *X.shape[4:])
+        torch.sub(X, Y, out=both[:, :, :, :R])
+        torch.add(X, Y, out=both[:, :, :, R:]).neg_()
+        return both
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = g.chunk(2, 3)
+        return a - b, (a + b).neg_()
+
+
+def _sizes(window, shape, ops):
+    """The numbers of coefficients that one row holds, one after another, going down through ops."""
+    sizes = []
+    for op in [*reversed(ops), None]:
+        kernel = shape[1:] if window is None else window.kernel
+        size = shape[0] * torch.Size(kernel).numel()
+        sizes.append(size if window is None else size + -size % 16)            # as _padded
+        if op is not None:
+            window, shape = _below(window, op), op.in_shape
+    return sizes
+
+
+class Budget:
+    """Bytes that the passes of one call may hold: half for what is kept for backward, a quarter for
+    the pass at work, a quarter in reserve for what is not counted."""
+
+    def __init__(self, memory, t):
+        if memory is None and t.is_cuda:
+            memory = torch.cuda.get_device_properties(t.device).total_memory // 2
+        elif memory is None:
+            memory = MEMORY[t.device.type]
+        if not 0 <= memory < float("inf"):
+            raise ValueError(f"memory={memory} has to be a number of bytes")
+        self.chunk, self.number = CHUNK[t.device.type], t.element_size()
+        self.at_work, self.left = int(memory) // 4, int(memory) // 2
+
+    def fit(self, rows, sizes, held):
+        """How many times so many rows of so many coefficients go down in one pass, at least 1; and
+        the bytes that this many rows keep for backward.
+
+        held: numbers for each coefficient: it before and after its ReLU, and lines of its own.
+        """
+        keeps = int(rows * held * sum(sizes) * self.number)
+        works = keeps + 3 * rows * max(sizes) * self.number            # 3: what backward adds
+        return max(1, min(self.chunk // (rows * max(sizes)), self.at_work // works)), keeps
+
+    def spend(self, cost):
+        """May so many bytes be kept for backward? Where there is none, nothing is kept."""
+        if not torch.is_grad_enabled():
+            return True
+        fits = cost <= self.left
+        self.left -= cost if fits else 0
+        return fits
+
+    def run(self, bound, jobs, cost):
+        """bound(*job) of all jobs, one after another. Those that the budget does not let keep what
+        backward needs, cost bytes each, compute it again there: a third more time."""
+        return [bound(*job) if self.spend(cost) else
+                checkpoint(bound, *job, use_reentrant=False, preserve_rng_state=False)
+                for job in jobs]
