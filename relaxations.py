@@ -206,7 +206,7 @@ def _forward(op, x, weight, bias=None):
     """W x + b for a batch: x (P or 1, B, N_in) -> (P, B, N_out)."""
     P, B = len(weight), x.shape[1]
     if not op.is_conv:
-        y = x @ weight.mT
+        y = (weight @ x.mT).mT               # not x @ weight.mT, whose gradient would be transposed
         return y if bias is None else y + bias[:, None]
     # The population becomes channels: one grouped convolution, or, while all members still see
     # the same input, one convolution with P times the output channels.
@@ -223,8 +223,9 @@ def interval(ops, lower, upper):
     Exact for one affine layer over a box; for several in a row, only sound. (P or 1, B, N) each.
     """
     for op in ops:
-        centre = _forward(op, lower + upper, op.weight / 2, op.bias)
-        radius = _forward(op, upper - lower, op.weight.abs() / 2)
+        centre = torch.lerp(lower, upper, 0.5)
+        radius = _forward(op, upper - centre, op.weight.abs())
+        centre = _forward(op, centre, op.weight, op.bias)
         lower, upper = centre - radius, centre + radius
     return lower, upper
 
