@@ -940,9 +940,11 @@ class _ConvTranspose(torch.autograd.Function):
         ctx.options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
         kernel = tuple(weight.shape[2:])
         square = kernel[0] == kernel[1] and stride[0] == stride[1] and padding[0] == padding[1]
-        if weight.shape[1] < 4 and stride[0] > 1 and square and dilation == (1, 1) \
+        even = not any(n % 2 for n in size)                # so that blocks of 2 x 2 fill it
+        if weight.shape[1] < 4 and square and (stride[0] > 1 or even) and dilation == (1, 1) \
                 and padding[0] < kernel[0]:
-            return _sub_pixel(A, weight, size, kernel[0], stride[0], padding[0], groups)
+            return _in_blocks(A, weight, size, kernel[0], stride[0], padding[0],
+                              max(stride[0], 2), groups)
         rest = [(n + 2 * p - d * (k - 1) - 1) % s
                 for n, p, d, k, s in zip(size, padding, dilation, kernel, stride)]
         return F.conv_transpose2d(A, weight, output_padding=rest, **ctx.options)
@@ -955,15 +957,23 @@ class _ConvTranspose(torch.autograd.Function):
                 if ctx.needs_input_grad[1] else None, *[None] * 5)
 
 
-def _sub_pixel(A, weight, size, k, s, p, groups):
-    """conv_transpose2d of kernel k, stride s, padding p. Between two inputs lie s*s outputs: each
-    is a convolution of its own, with every s-th weight (Shi et al. 2016, "sub-pixel")."""
-    taps = -(-k // s)
-    W = F.pad(weight, (0, taps * s - k, 0, taps * s - k)).unflatten(0, (groups, -1))
-    W = W.unflatten(4, (taps, s)).unflatten(3, (taps, s))             # (groups, O, C, t, s, t, s)
-    W = W.permute(0, 2, 4, 6, 1, 3, 5).flip(5, 6).flatten(0, 3)       # (groups*C*s*s, O, t, t)
-    A = F.pixel_shuffle(F.conv2d(A, W, padding=taps - 1 - p // s, groups=groups), s)
-    bottom, right = (n + p % s - m for n, m in zip(size, A.shape[2:]))
+def _in_blocks(A, weight, size, k, s, p, r, groups):
+    """conv_transpose2d of kernel k, stride s, padding p, whose output is made in blocks of r x r: a
+    convolution of stride r/s with r*r times the channels (r = s: Shi et al. 2016, "sub-pixel").
+
+    Output y gets input i times weight[y + p - s i]. Blocks begin at -(p % s); block Y has outputs
+    y = r Y + a - p % s and sees inputs i = r/s Y + t + p//s - m, where m = (k-1)//s. So the tap is
+    weight[a + s (m - t)].
+    """
+    m = (k - 1) // s
+    tap = torch.arange(r)[:, None] + s * (m - torch.arange(r // s + m))                # (a, t)
+    tap = tap.clamp(max=k).masked_fill(tap < 0, k)                                     # k: nothing
+    W = F.pad(weight, (0, 1, 0, 1))[..., tap[:, None, :, None], tap[:, None]]
+    W = W.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1, 5, 6)      # (groups, a, b, C, O, t, t)
+    A = F.conv2d(A, W.flatten(0, 3), stride=r // s, padding=m - p // s, groups=groups)
+    A = A.unflatten(1, (groups, r, r, -1)).permute(0, 5, 2, 6, 3, 1, 4)
+    A = A.flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)  # (M, groups*C, r Y, r X)
+    bottom, right = (n + p % s - made for n, made in zip(size, A.shape[2:]))
     return F.pad(A, (-(p % s), right, -(p % s), bottom))
 
 

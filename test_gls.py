@@ -439,13 +439,15 @@ def test_convolutions_as_matrices_or_not_give_the_same(name, dense, monkeypatch)
 
 
 def test_transposed_convolution_and_its_gradient():
-    """Against PyTorch's own, in the sub-pixel form too: few channels and a stride."""
+    """Against PyTorch's own, in blocks too: few channels, and a stride or an even map."""
     for O, C, k, s, p, d, groups, size in [
             (2, 1, 5, 2, 2, 1, 1, (10, 12)), (3, 2, 4, 2, 1, 1, 1, (9, 8)),
             (2, 1, 3, 3, 0, 1, 1, (11, 9)), (2, 3, 2, 3, 1, 1, 1, (7, 8)),
             (4, 1, 5, 2, 3, 1, 2, (8, 9)), (2, 3, 5, 4, 4, 1, 1, (13, 12)),
             (2, 5, 3, 2, 1, 1, 1, (8, 8)), (2, 1, 3, 2, 1, 2, 1, (9, 9)),
-            (6, 2, 3, 1, 1, 1, 3, (6, 7))]:
+            (6, 2, 3, 1, 1, 1, 3, (6, 7)), (6, 2, 3, 1, 1, 1, 3, (6, 8)),
+            (2, 3, 3, 1, 2, 1, 1, (6, 4)), (2, 1, 4, 1, 0, 1, 1, (8, 6)),
+            (3, 2, 1, 1, 0, 1, 1, (4, 4))]:
         size_out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n in size]
         A = torch.randn(2, O * groups, *size_out, dtype=torch.float64, requires_grad=True)
         W = torch.randn(O * groups, C, k, k, dtype=torch.float64, requires_grad=True)
