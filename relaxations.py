@@ -952,6 +952,8 @@ class _ConvTranspose(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         A, weight = ctx.saved_tensors
+        g = g.permute(0, 2, 3, 1)          # channels last for PyTorch, too, if there is only one
+        g = g.flatten().view(g.shape).permute(0, 3, 1, 2)
         return (F.conv2d(g, weight, **ctx.options) if ctx.needs_input_grad[0] else None,
                 nn.grad.conv2d_weight(g, weight.shape, A, **ctx.options)
                 if ctx.needs_input_grad[1] else None, *[None] * 5)
