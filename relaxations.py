@@ -968,7 +968,8 @@ def _in_blocks(A, weight, size, k, s, p, r, groups):
     weight[a + s (m - t)].
     """
     m = (k - 1) // s
-    tap = torch.arange(r)[:, None] + s * (m - torch.arange(r // s + m))                # (a, t)
+    a, t = (torch.arange(n, device=A.device) for n in (r, r // s + m))
+    tap = a[:, None] + s * (m - t)
     tap = tap.clamp(max=k).masked_fill(tap < 0, k)                                     # k: nothing
     W = F.pad(weight, (0, 1, 0, 1))[..., tap[:, None, :, None], tap[:, None]]
     W = W.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1, 5, 6)      # (groups, a, b, C, O, t, t)
