@@ -122,7 +122,7 @@ TABLES = {
         tries=rates(0.005, sigma=0.01, alpha=0.08, lam=0.6), samples=1000, timeout=5,
         sweep_seeds=3,
         sweeps={"sigma": ((0.003, 0.03), [("box", "rgs"), ("deeppoly", "rgs")]),
-                "lr": ((0.002,), [("deeppoly", "grad")])}),
+                "lr": ((0.002, 0.01), [("deeppoly", "grad")])}),
     "mnist-pgpe-0.1": dict(
         common=MNIST | HELD_OUT | {"net": "small", "subset": 3200}, eps=0.1, seeds=3,
         methods=[(r, "pgpe") for r in ("box", "crown-ibp", "deeppoly")],
