@@ -15,6 +15,8 @@ import re
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -2015,6 +2017,24 @@ def test_processes_share_the_images_to_certify(tmp_path, monkeypatch):
     assert together(2, *args, "--out", "many.jsonl", main=certify.main) == [0] * 2
     assert {r["index"]: r["status"] for r in read("many.jsonl")[1:]} == one
     assert len(read("many.jsonl")) == 41 and not list(Path().glob("many.jsonl.*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists the threads of a process")
+def test_no_thread_of_the_process_group_outlives_it(tmp_path):
+    """One alive when Python shuts down may abort the process. In fresh processes, where the group
+    is made before the first optimizer step imports what remembers it."""
+    code = ("import pathlib, sys, train; train.main(sys.argv[1:]); "
+            "names = [p.read_text() for p in pathlib.Path('/proc/self/task').glob('*/comm')]; "
+            "print([name for name in names if 'gloo' in name])")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    children = [subprocess.Popen(
+        [sys.executable, "-c", code, *f"{QUICK_RUN} --opt grad --out {tmp_path}/run".split()],
+        env=os.environ | dict(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="localhost",
+                              MASTER_PORT=port, PYTHONPATH=str(Path(train.__file__).parent)),
+        stdout=subprocess.PIPE, text=True) for rank in "01"]
+    assert [child.communicate()[0].splitlines()[-1] for child in children] == ["[]", "[]"]
 
 
 # ------------------------------------------------------------------------------------- self-check

@@ -1113,6 +1113,9 @@ def process_group(device):
     if ranks()[1] == 1:
         yield
         return
+    # The first step of an optimizer imports this module, whose functions have the group there is by
+    # then as a default: its threads would live until Python shuts down, and could abort it.
+    import torch.distributed.nn.functional
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
