@@ -107,7 +107,7 @@ TABLES = {
                 "milestones": (4, 5), "batch-size": 64},
         eps=0.1, methods=FEW + [("box", "pgpe")], seeds=3, tries=3, validation=500, samples=1000,
         timeout=30, sweeps={}),
-    "mnist-cnn3-0.1": dict(
+    "mnist-cnn3-0.1-first": dict(
         common=MNIST, eps=0.1, methods=FEW + [("box", "pgpe")], seeds=3, tries=TRIES,
         validation=300, samples=1000, timeout=10, sweep_seeds=3,
         sweeps={"lr": ((0.002, 0.005), [("deeppoly", "grad")])}),
@@ -123,6 +123,10 @@ TABLES = {
         sweep_seeds=3,
         sweeps={"sigma": ((0.003, 0.03), [("box", "rgs"), ("deeppoly", "rgs")]),
                 "lr": ((0.002, 0.01), [("deeppoly", "grad")])}),
+    "mnist-cnn3-0.1": dict(
+        common=MNIST | HELD_OUT, eps=0.1, methods=FEW, tuning_seeds=2, validation=500, seeds=3,
+        tries=rates(0.005, sigma=0.003, alpha=0.1, lam=0.4)
+        + rates(0.005, sigma=0.01, alpha=0.03, lam=0.7), samples=1000, timeout=5, sweeps={}),
     "mnist-pgpe-0.1": dict(
         common=MNIST | HELD_OUT | {"net": "small", "subset": 3200}, eps=0.1, seeds=3,
         methods=[(r, "pgpe") for r in ("box", "crown-ibp", "deeppoly")],
