@@ -22,6 +22,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import resource
 import sys
 import time
 import warnings
@@ -244,6 +245,9 @@ def main():
     args = p.parse_args()
     if not args.fresh_memory:
         train.keep_memory()
+    if args.device == "cpu":       # what does not fit has to raise, or the system would kill us
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     if args.profile:
         for case, state, row in product(args.cases, args.states, args.rows):
             profile(case, state, row, args)
