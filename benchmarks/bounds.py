@@ -19,6 +19,7 @@ helps auto_LiRPA even more. By default both get this help here; --fresh-memory d
 """
 import argparse
 import contextlib
+import gc
 import importlib.util
 import io
 import os
@@ -147,6 +148,9 @@ def best_mode(case, row, data_dir, device):
             found[mode] = min(common.seconds(call, device) for _ in range(2))
         except Exception as e:                      # out of memory, or a layer it cannot do
             print(f"  auto_LiRPA {mode}: {type(e).__name__}: {str(e)[:80]}", file=sys.stderr)
+        call = None                                 # and what it took, gigabytes, is handed back
+        gc.collect()
+        common.hand_back()
     return min(found, key=found.get) if found else None
 
 

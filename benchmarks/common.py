@@ -52,6 +52,11 @@ def ratio(times, name, base):
     return median(b / t for b, t in zip(times[base], times[name]))
 
 
+def hand_back():
+    """Give freed memory back to the system (glibc)."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def _resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
@@ -66,7 +71,7 @@ def _measure(prepare, args, device, queue):
         call()
         queue.put((torch.cuda.max_memory_allocated() - before) / 2 ** 20)
     else:
-        ctypes.CDLL(None).malloc_trim(0)                       # give back what the warm-up freed
+        hand_back()                                            # what the warm-up freed
         Path("/proc/self/clear_refs").write_text("5")          # VmHWM starts anew
         before = _resident("VmRSS")
         call()
