@@ -19,7 +19,6 @@ helps auto_LiRPA even more. By default both get this help here; --fresh-memory d
 """
 import argparse
 import contextlib
-import gc
 import importlib.util
 import io
 import os
@@ -148,9 +147,8 @@ def best_mode(case, row, data_dir, device):
             found[mode] = min(common.seconds(call, device) for _ in range(2))
         except Exception as e:                      # out of memory, or a layer it cannot do
             print(f"  auto_LiRPA {mode}: {type(e).__name__}: {str(e)[:80]}", file=sys.stderr)
-        call = None                                 # and what it took, gigabytes, is handed back
-        gc.collect()
-        common.hand_back()
+        call = None
+        common.hand_back()                          # what it took may be most of the memory
     return min(found, key=found.get) if found else None
 
 
@@ -176,11 +174,12 @@ def measure(case, state, row, args):
             result[name]["ratio"] = common.ratio(times, "ours", "auto_LiRPA")
         if args.compile:
             result[name]["compile_ratio"] = common.ratio(times, "compiled", "ours")
+        calls = None
         if args.memory:
             where = case, state, args.data_dir, args.device, row
             result[name]["MiB"] = {
                 who: common.peak_memory(prepare_peak, (*where, how, run), args.device)
-                for who, how in (("ours", None), ("auto_LiRPA", mode)) if who in calls}
+                for who, how in (("ours", None), ("auto_LiRPA", mode)) if who in times}
     return result
 
 
@@ -250,7 +249,7 @@ def main():
     if not args.fresh_memory:
         train.keep_memory()
     if args.device == "cpu":       # what does not fit has to raise, or the system would kill us
-        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 8 // 10
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     if args.profile:
         for case, state, row in product(args.cases, args.states, args.rows):

@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine, interleaved timing, peak memory, a JSON file."""
 import ctypes
+import gc
 import json
 import multiprocessing
 import platform
@@ -53,7 +54,8 @@ def ratio(times, name, base):
 
 
 def hand_back():
-    """Give freed memory back to the system (glibc)."""
+    """Give memory that nothing needs any more back to the system (glibc)."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -83,6 +85,8 @@ def peak_memory(prepare, args, device, limit=600):
 
     prepare(*args) -> (warm-up, call), at the top level of a module. None: it did not get there.
     """
+    if device == "cpu":
+        hand_back()                                            # or it would lack there
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_measure, args=(prepare, args, device, queue))
