@@ -22,7 +22,6 @@ import contextlib
 import importlib.util
 import io
 import os
-import resource
 import sys
 import time
 import warnings
@@ -133,22 +132,29 @@ def prepare_peak(case, state, data_dir, device, row, mode, run):
     return run(*sides(few(task, 1), "box", None)), run(*sides(task, row, mode))
 
 
+def try_mode(case, row, data_dir, device, mode, keep):
+    """Seconds of auto_LiRPA in one of its modes, on 2 images, of untrained weights."""
+    if keep:
+        train.keep_memory()
+    task = few(problem(case, "init", data_dir, device), 2)
+    call = (with_gradient if case != "cnn7" else forward)(*sides(task, row, mode))
+    return min(common.seconds(call, device) for _ in range(2))
+
+
 @lru_cache(maxsize=None)
-def best_mode(case, row, data_dir, device):
+def best_mode(case, row, data_dir, device, keep):
     """The faster of auto_LiRPA's two ways to keep a convolution's coefficients; None: neither.
 
-    Tried on 2 images: on the whole batch, the slower one may not fit into the memory.
+    Tried on 2 images, in processes of their own: the slower one may not fit into the memory.
     """
-    found, task = {}, few(problem(case, "init", data_dir, device), 2)
-    run = with_gradient if case != "cnn7" else forward
+    found = {}
     for mode in ("patches", "matrix"):
         try:
-            call = run(*sides(task, row, mode))
-            found[mode] = min(common.seconds(call, device) for _ in range(2))
-        except Exception as e:                      # out of memory, or a layer it cannot do
-            print(f"  auto_LiRPA {mode}: {type(e).__name__}: {str(e)[:80]}", file=sys.stderr)
-        call = None
-        common.hand_back()                          # what it took may be most of the memory
+            found[mode] = common.alone(try_mode, case, row, data_dir, device, mode, keep,
+                                       device=device)
+        except Exception as e:         # out of memory or time, or a layer that it cannot do
+            reason = (str(e).strip().splitlines() or [""])[-1][:200]
+            print(f"  auto_LiRPA {mode}: {type(e).__name__}: {reason}", file=sys.stderr)
     return min(found, key=found.get) if found else None
 
 
@@ -156,7 +162,8 @@ def measure(case, state, row, args):
     task = problem(case, state, args.data_dir, args.device)
     result = dict(case=case, state=state, row=row, batch=len(task[1]))
     grads = [("forward", forward)] + [("forward+backward", with_gradient)] * (case != "cnn7")
-    mode = best_mode(case, row, args.data_dir, args.device) if args.peer else None
+    mode = best_mode(case, row, args.data_dir, args.device,
+                     not args.fresh_memory) if args.peer else None
     for name, run in grads:
         calls = {"ours": run(*sides(task, row, None))}
         if args.compile:
@@ -248,9 +255,7 @@ def main():
     args = p.parse_args()
     if not args.fresh_memory:
         train.keep_memory()
-    if args.device == "cpu":       # what does not fit has to raise, or the system would kill us
-        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 8 // 10
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    common.limit_memory(args.device)
     if args.profile:
         for case, state, row in product(args.cases, args.states, args.rows):
             profile(case, state, row, args)

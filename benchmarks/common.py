@@ -3,10 +3,14 @@ import ctypes
 import gc
 import json
 import multiprocessing
+import os
 import platform
+import resource
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -53,10 +57,31 @@ def ratio(times, name, base):
     return median(b / t for b, t in zip(times[base], times[name]))
 
 
+def limit_memory(device):
+    """On a CPU, what does not fit has to raise, or the system would kill this process."""
+    if device == "cpu":
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
 def hand_back():
     """Give memory that nothing needs any more back to the system (glibc)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def _limited(function, args, device, limit):
+    limit_memory(device)
+    signal.alarm(limit)                                        # ends the process
+    return function(*args)
+
+
+def alone(function, *args, device, limit=600):
+    """function(*args) in a process of its own, which has limit seconds, and whose memory goes back
+    when it ends. function: at the top level of a module. Raises what it raises."""
+    hand_back()                                                # or it would lack there
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_limited, function, args, device, limit).result()
 
 
 def _resident(field):
@@ -64,40 +89,30 @@ def _resident(field):
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def _measure(prepare, args, device, queue):
+def _peak(prepare, args, device):
     warm_up, call = prepare(*args)
     warm_up()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        queue.put((torch.cuda.max_memory_allocated() - before) / 2 ** 20)
-    else:
-        hand_back()                                            # what the warm-up freed
-        Path("/proc/self/clear_refs").write_text("5")          # VmHWM starts anew
-        before = _resident("VmRSS")
-        call()
-        queue.put(_resident("VmHWM") - before)
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    hand_back()                                                # what the warm-up freed
+    Path("/proc/self/clear_refs").write_text("5")              # VmHWM starts anew
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
 
 
-def peak_memory(prepare, args, device, limit=600):
+def peak_memory(prepare, args, device):
     """MiB that a call takes at its peak, in a process of its own: on a CPU, of resident memory.
 
     prepare(*args) -> (warm-up, call), at the top level of a module. None: it did not get there.
     """
-    if device == "cpu":
-        hand_back()                                            # or it would lack there
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_measure, args=(prepare, args, device, queue))
-    process.start()
     try:
-        return queue.get(timeout=limit)
-    except Exception:                                          # Empty: killed, failed or too slow
-        process.kill()
+        return alone(_peak, prepare, args, device, device=device)
+    except Exception:                                          # it failed, was too slow or killed
         return None
-    finally:
-        process.join()
 
 
 def write(path, **content):
