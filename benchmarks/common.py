@@ -21,14 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def machine(device):
     """Where and with what a number was measured."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True).stdout.strip()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
     return dict(device=torch.cuda.get_device_name() if device == "cuda" else cpu,
                 machine=platform.platform(), threads=torch.get_num_threads(),
                 python=platform.python_version(), torch=str(torch.__version__),
-                commit=git.stdout.strip(), command=" ".join(["python", *sys.argv]))
+                commit=git("describe", "--always") + "-dirty" * bool(git("status", "-s", ":/*.py")),
+                command=" ".join(["python", *sys.argv]))
 
 
 def seconds(call, device):
