@@ -118,13 +118,13 @@ TABLES = {
         common=MNIST | HELD_OUT, eps=0.3, methods=FEW[:3], tuning_seeds=2, validation=400,
         tries=rates(0.002, 0.005, 0.01, sigma=0.01), timeout=5, seeds=0, sweeps={}),   # a search
     "mnist-cnn3-0.3": dict(
-        common=MNIST | HELD_OUT, eps=0.3, methods=FEW, seeds=3,
+        common=MNIST | HELD_OUT, eps=0.3, methods=FEW, seeds=5,
         tries=rates(0.005, sigma=0.01, alpha=0.08, lam=0.6), samples=1000, timeout=5,
         sweep_seeds=3,
         sweeps={"sigma": ((0.003, 0.03), [("box", "rgs"), ("deeppoly", "rgs")]),
                 "lr": ((0.002, 0.01), [("deeppoly", "grad")])}),
     "mnist-cnn3-0.1": dict(
-        common=MNIST | HELD_OUT, eps=0.1, methods=FEW, tuning_seeds=2, validation=500, seeds=3,
+        common=MNIST | HELD_OUT, eps=0.1, methods=FEW, tuning_seeds=2, validation=500, seeds=5,
         tries=rates(0.005, sigma=0.003, alpha=0.1, lam=0.4)
         + rates(0.005, sigma=0.01, alpha=0.03, lam=0.7), samples=1000, timeout=5, sweeps={}),
     "mnist-pgpe-0.1": dict(
@@ -141,9 +141,10 @@ TABLES = {
         common=PGPE_LONG, eps=0.1, methods=[(r, "pgpe") for r in ("box", "crown-ibp", "deeppoly")],
         seeds=3, tries=rates(0.01, sigma=0.01), samples=1000, timeout=5, sweeps={}),
     "cifar10-cnn3": dict(
-        common=MNIST | HELD_OUT | {"dataset": "cifar10", "subset": 4000}, eps="2/255", seeds=3,
+        common=MNIST | HELD_OUT | {"dataset": "cifar10", "subset": 4000}, eps="2/255", seeds=5,
         methods=FEW, tries=rates(0.005, sigma=0.01, alpha=0.004, lam=0.1), samples=1000, timeout=5,
-        sweeps={}),
+        sweep_seeds=3,
+        sweeps={"sigma": ((0.003, 0.01, 0.03), [("box", "rgs"), ("deeppoly", "rgs")])}),
 }
 
 
