@@ -1979,6 +1979,16 @@ def test_many_processes_give_the_result_of_one(tmp_path, monkeypatch, world, ext
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_by_default_every_process_gets_a_part_of_the_population(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = f"{QUICK_RUN} --opt pgpe --samples 8".split()
+    assert together(2, *args, "--out", "many") == [0, 0]
+    assert json.loads(Path("many/config.json").read_text())["members"] == 4
+    assert command(train.main, *args, "--members", "4", "--out", "one") == 0
+    assert all(torch.equal(t, weights("one")[k]) for k, t in weights("many").items())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_job_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = f"{QUICK_RUN} --opt pgpe --samples 8 --members 2".split()
