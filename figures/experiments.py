@@ -84,7 +84,8 @@ def rates(*lrs, **others):
 TABLES = {
     "digits": dict(
         common=dict(dataset="digits", net="small", epochs=40, ramp=16, milestones=(30, 36)),
-        eps=0.1, methods=GRID + BASELINES + [("alpha-crown", "grad"), ("alpha-crown", "rgs")],
+        eps=0.1, methods=GRID + BASELINES + [("alpha-crown", "grad"), ("alpha-crown", "rgs"),
+                                             ("sabr", "pgpe"), ("mtl-ibp", "pgpe")],
         seeds=5, tries=8, validation=237, samples=None, timeout=30,
         sweeps={"sigma": ((0.001, 0.003, 0.01, 0.03, 0.1),
                           [(r, "rgs") for r in ("box", "deeppoly")]
@@ -143,7 +144,8 @@ TABLES = {
     "cifar10-cnn3": dict(
         common=MNIST | HELD_OUT | {"dataset": "cifar10", "subset": 4000}, eps="2/255", seeds=3,
         methods=FEW, tries=rates(0.005, sigma=0.01, alpha=0.004, lam=0.1), samples=1000, timeout=5,
-        sweeps={}),
+        sweep_seeds=3,
+        sweeps={"sigma": ((0.003, 0.01, 0.03), [("box", "rgs"), ("deeppoly", "rgs")])}),
 }
 
 

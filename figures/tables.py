@@ -159,9 +159,9 @@ def again(names):
     """How far single runs, and the means over seeds, moved in a second run of the same commands."""
     first, second = map(table_cells, names.split(","))
     rows = [mean(percent(first[m], "certified")) - mean(percent(second[m], "certified"))
-            for m in first]
-    known = {c["train"]: c for cells in second.values() for c in cells}
-    pairs = [(c, known[c["train"]]) for cells in first.values() for c in cells]
+            for m in second]
+    known = {c["train"]: c for cells in first.values() for c in cells}
+    pairs = [(known[c["train"]], c) for cells in second.values() for c in cells]
     moved = sorted(((100 * abs(a["certified"] - b["certified"]) / a["n"],
                      f"{NAME[a['relax']]}, {NAME[a['opt']]}") for a, b in pairs), reverse=True)
     same = sum(abs(a["certified"] - b["certified"]) <= 1 for a, b in pairs)
