@@ -79,7 +79,8 @@ def _limited(function, args, device, limit):
 
 def alone(function, *args, device, limit=600):
     """function(*args) in a process of its own, which has limit seconds, and whose memory goes back
-    when it ends. function: at the top level of a module. Raises what it raises."""
+    when it ends. function: at the top level of a module. Raises what it raises, and
+    BrokenProcessPool if the process was killed or its time was up."""
     hand_back()                                                # or it would lack there
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_limited, function, args, device, limit).result()
