@@ -6,13 +6,11 @@ and everything here returns numbers that hold for *every* x' in B(x): lower and 
 pre-activations, and lower bounds of the margins logit[y] - logit[k]. If all margins k != y have a
 positive lower bound, no perturbation of radius eps changes the prediction: the image is certified.
 
-Four relaxations, one engine. They differ only in two choices:
-
     relax          bounds before each ReLU             bound of the margins
-    "box"          interval arithmetic                 interval arithmetic, last layer exact
+    "box"          interval arithmetic                 interval arithmetic, last layers exact
     "crown-ibp"    interval arithmetic                 back-substitution
     "deeppoly"     back-substitution, layer by layer   back-substitution
-    "alpha-crown"  as deeppoly, but every row of both chooses its own lower slopes, by ascent
+    "alpha-crown"  as deeppoly, but every row chooses its own lower slopes, by ascent
 
     box          Gowal et al. 2018, "On the effectiveness of interval bound propagation" (IBP)
     crown-ibp    Zhang et al. 2020, "Towards stable and efficient training of verifiably robust
@@ -21,38 +19,55 @@ Four relaxations, one engine. They differ only in two choices:
                  bound as CROWN, Zhang et al. 2018, "Efficient neural network robustness
                  certification with general activation functions"
     alpha-crown  Xu et al. 2021, "Fast and complete: enabling complete verification with rapid and
-                 massively parallel incomplete verifiers"; see "free choices" below, and there
-                 beta-CROWN, which certify.py needs for branch and bound
+                 massively parallel incomplete verifiers"
 
-Back-substitution in four lines. To bound a row a.z + d from below, where z = W h + b and
-h = relu(z'): (1) replace z by W h + b, which is exact; (2) replace each h_j by a line in z'_j that
-lies below relu where its coefficient is positive and above relu where it is negative; (3) repeat
-down to the input; (4) minimise the remaining linear function over the ball, which is exact.
+Back-substitution bounds a row a.z + d from below, z being the output of some layer, in four steps:
+    1. z = W h + b is replaced by what it is: the row becomes (a W).h + (d + a.b), exactly.
+    2. Each h_j = relu(z_j) is replaced by a line in z_j: one below relu where a_j > 0, one above
+       relu where a_j < 0. The row can only get smaller.
+    3. Repeat down to the input.
+    4. The smallest value of a.x + d over the ball is known: each x_j goes to one of its ends.
+
+A worked example, two neurons in each layer: x in [1/4, 3/4]^2, the label is 0, and
+    z1 = x1 + x2 - 1/2    z3 = h1 - h2    logit 0 = 2 h4        h = relu(z)
+    z2 = x1 - x2          z4 = h1         logit 1 = h3
+Intervals give z1 in [0, 1], z2 in [-1/2, 1/2], z3 in [-1/2, 1], z4 in [0, 1]. Stable neurons are
+linear: h1 = z1, h4 = z4 = z1. What is left is h2 and h3, in z3 = h1 - h2 and in the margin
+2 h4 - h3 = 2 z1 - h3. The upper line of h2 is (z2 + 1/2) / 2; its lower one is z2 or 0.
+    box        margin >= 2 * 0 - 1                                                         = -1
+    CROWN-IBP  h3 <= 2/3 (z3 + 1/2) from z3 in [-1/2, 1];  h2 >= z2 (the tie takes slope 1)
+               margin >= 2 z1 - 2/3 (z1 - z2) - 1/3 = 2 x1 + 2/3 x2 - 1  at x = (1/4, 1/4)  = -1/3
+    DeepPoly   z3 >= z1 - (z2 + 1/2) / 2 = x1/2 + 3/2 x2 - 3/4, so z3 in [-1/4, 1]
+               h3 <= 4/5 (z3 + 1/4):  margin >= 2 x1 + 2/5 x2 - 4/5                         = -1/5
+    exactly    the margin is 0 at x = (1/4, 1/4), and nowhere less
+Tighter mostly, not always: where the lower line forgets more than an interval does, CROWN-IBP can
+be looser than box.
 
 Guarantee: the bounds are sound in exact arithmetic, for every network this file accepts. In
 floating point they carry the rounding error of the sums, so a margin within about 1e-4 of zero
 should be decided in float64 (certify.py does). TF32 rounds to 10 bits and is switched off below.
 
-How to read this file. Those steps are _lower_bounds, with one function for each;
-margin_lower_bounds takes them for the margins, _back_substituted and _tightened for the neurons.
-The method is in the sections "interval arithmetic", "relaxing one ReLU", "back-substitution" and
-"the bounds". Beside it: "the network" reads and checks an nn.Sequential; "windows" keeps books on
-what a neuron of a convolution sees; "free choices" are alpha- and beta-CROWN. Last comes what is
-for speed and memory only.
+How to read this file. "The heart" is the method, whole, in 150 lines. "The door" is what users
+call. "Free choices" are alpha- and beta-CROWN: the same back-substitution with other lines. Then
+comes one line; below it the same numbers are computed faster, and nothing above needs it.
 
 Letters in shape comments, here and in the other modules:
     P  parameter vectors (the population; 1 if there is only one)      B  samples      K  classes
     N  neurons of a layer, N = C*H*W       O, C  channels out of / into a convolution
+    R  rows bounded together, a.z + d      U  rows picked out one by one
     G  positions of the bounded layer's map, Ho*Wo (1 for a linear layer)
-    R  rows bounded at each position       F  features that such a row depends on
-    U  rows picked out one by one          D  parameters
+    Q  coefficients that a row holds       D  parameters
 """
-from functools import lru_cache
+import math
+from copy import deepcopy
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call, vjp, vmap
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 # A bound computed with 10-bit mantissas is no bound; cuDNN would use them on convolutions.
@@ -60,177 +75,56 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 
 RELAXATIONS = ("box", "crown-ibp", "deeppoly", "alpha-crown")
-# Rows are bounded in passes. The most coefficients at once in one, where more are no faster; and
-# the memory that the passes of a call may hold, by default, in bytes (on a GPU: half of it).
-CHUNK, MEMORY = {"cpu": 2 ** 23, "cuda": 2 ** 27, "mps": 2 ** 27}, {"cpu": 2 ** 31, "mps": 2 ** 32}
-# The ascent of alpha-CROWN: its length, and Adam's first step for slopes and for multipliers.
-STEPS, RATES = 20, (0.3, 0.2)
+FAST = True     # False: everything through the heart
+STEPS, RATES = 20, (0.3, 0.2)    # of alpha-CROWN's ascent; Adam's first step for alpha and beta
 
 
-# ---------------------------------------------------------------------------------- the network
+# ======================================================================================= the heart
+# Bounds are (P, B, N). Rows are A (P, B, R, N) and d (P, B, R); what all rows share, the lines and
+# the box that they meet, is (P, B, 1, N).
 
-class Affine(NamedTuple):
-    """One affine layer z = W h + b of a network, for each of P parameter vectors."""
-    weight: torch.Tensor     # (P, O, I), or (P, O, C/groups, kh, kw) for a convolution
-    bias: torch.Tensor       # (P, O)
-    in_shape: tuple          # (N,) or (C, H, W), also of a linear layer that reads a map
+class Layer(NamedTuple):
+    """A layer that is affine in its input, z = W h + b, for each of P parameter vectors."""
+    module: nn.Module
+    tensors: dict        # what its state_dict holds: {name: (P, ...)}
+    in_shape: tuple      # of one input of the module; here h and z are flat
     out_shape: tuple
-    stride: tuple = None     # None marks a linear layer
-    padding: tuple = None
-    dilation: tuple = None
-    groups: int = 1
+    P: int
 
-    @property
-    def is_conv(self):
-        return self.stride is not None
+    def forward(self, h, tensors=None):
+        """W h + b: (P, B, N) -> (P, B, N')."""
+        tensors = self.tensors if tensors is None else tensors
+        return vmap(self.of_one)(tensors, h.expand(self.P, -1, -1))
 
-    @property
-    def is_elementwise(self):  # a 1x1 depthwise convolution, such as normalisation
-        return self.is_conv and self.weight.shape[2:] == (1, 1, 1) and self.stride == (1, 1) \
-            and self.padding == (0, 0) and self.groups == self.weight.shape[1] == self.in_shape[0]
+    def of_one(self, tensors, h):
+        """W h + b of one network: (B, N) -> (B, N')."""
+        return functional_call(self.module, tensors, h.unflatten(1, self.in_shape)).flatten(1)
 
+    def interval(self, lower, upper):
+        """Interval arithmetic: centre c -> W c + b, radius r -> |W| r (Gowal et al. 2018).
 
-def _is(layer, kind):
-    """Is it a layer of that kind, and computes what the kind computes?"""
-    return isinstance(layer, kind) and type(layer).forward is kind.forward \
-        and not layer._forward_hooks and not layer._forward_pre_hooks
+        |W| is the layer with its weight replaced by |weight|, its bias and its mean by 0.
+        """
+        size = {name: torch.zeros_like(t) for name, t in self.tensors.items()}
+        for name in {"weight", "running_var"} & size.keys():
+            size[name] = self.tensors[name].abs()
+        centre = self.forward((lower + upper) / 2)
+        radius = self.forward((upper - lower) / 2, size)
+        return centre - radius, centre + radius
 
+    def back(self, A, d):
+        """a.z + d  ->  (a W).h + (d + a.b), exactly. PyTorch itself finds a W, whatever W is."""
+        def one(tensors, A):                                                     # A (B, R, N')
+            nothing = A.new_zeros(1, math.prod(self.in_shape))
+            b, pull = vjp(lambda h: self.of_one(tensors, h), nothing)
+            AW, = vmap(pull)(A.flatten(0, 1)[:, None])
+            return AW.view(*A.shape[:2], -1), A @ b[0]
 
-def read_network(net, in_shape, params=None):
-    """The network as stages: lists of Affine layers, with one ReLU between consecutive stages; and
-    the shapes at their ends, without the batch: of each ReLU's input and of the logits.
-
-    BatchNorm2d in eval mode is itself affine, z -> s z + t: folded into the convolution before it,
-    else a 1x1 depthwise convolution.
-    Raises ValueError, naming the layer, for what cannot be bounded.
-    """
-    if not _is(net, nn.Sequential):
-        raise ValueError(f"net is a {type(net).__name__}; it has to be a plain torch.nn.Sequential")
-    params = params or {}
-    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    unknown = sorted(set(params) - {f"{i}.{name}" for i in range(len(net)) for name in names})
-    sizes = {t.shape[:1] for t in params.values()}
-    if unknown or len(sizes) > 1 or (0,) in sizes or () in sizes:
-        raise ValueError("params has to map names such as '0.weight' to tensors with one leading P "
-                         f">= 1; got the sizes {sorted(map(tuple, sizes))}, unknown {unknown}")
-    P = _population(params)
-
-    def get(i, name):  # a tensor of layer i, with its leading P
-        own, t = getattr(net[i], name), params.get(f"{i}.{name}")
-        if params and any(net[i] is net[j] for j in range(i)):
-            raise ValueError(f"layer {i} and an earlier one are the same module; params cannot "
-                             "tell them apart")
-        if t is not None and (own is None or t.shape[1:] != own.shape):
-            raise ValueError(f"params['{i}.{name}'] is {tuple(t.shape)}, but the layer's is "
-                             f"{None if own is None else tuple(own.shape)}")
-        return own if own is None else own[None].expand(P, *own.shape) if t is None else t
-
-    stages, shapes, shape = [[]], [], tuple(in_shape)
-    source = shape                                         # as shape, but not flattened
-    for i, layer in enumerate(net):
-        where = f"layer {i} ({type(layer).__name__})"
-        if _is(layer, nn.ReLU):
-            stages.append([])
-            shapes.append(shape)
-        elif _is(layer, nn.Flatten):
-            if (layer.start_dim, layer.end_dim) != (1, -1):
-                raise ValueError(f"{where}: only Flatten(start_dim=1, end_dim=-1) is supported")
-            shape = (torch.Size(shape).numel(),)
-        elif _is(layer, nn.Linear):
-            if shape != (layer.in_features,):
-                raise ValueError(f"{where} takes {layer.in_features} features, but gets the shape "
-                                 f"{shape}" + "; is nn.Flatten() missing?" * (len(shape) == 3))
-            bias = get(i, "bias")
-            bias = get(i, "weight").new_zeros(P, layer.out_features) if bias is None else bias
-            stages[-1].append(Affine(get(i, "weight"), bias, source, (layer.out_features,)))
-            source = shape = stages[-1][-1].out_shape
-        elif _is(layer, nn.Conv2d):
-            stages[-1].append(_read_conv(layer, where, get(i, "weight"), get(i, "bias"), shape))
-            source = shape = stages[-1][-1].out_shape
-        elif _is(layer, nn.BatchNorm2d):
-            scale, shift = _read_batchnorm(layer, where, shape, lambda name: get(i, name))
-            if stages[-1] and stages[-1][-1].is_conv:
-                conv = stages[-1].pop()
-                stages[-1].append(conv._replace(weight=conv.weight * scale[..., None, None, None],
-                                                bias=conv.bias * scale + shift))
-            else:
-                stages[-1].append(Affine(scale[..., None, None, None], shift, shape, shape,
-                                         (1, 1), (0, 0), (1, 1), groups=shape[0]))
-        else:
-            raise ValueError(f"{where} is not supported; supported are Conv2d, Linear, ReLU, "
-                             "Flatten and BatchNorm2d in eval mode, in a flat nn.Sequential, "
-                             "without hooks and with their own forward")
-    if len(shape) != 1 or not any(stages):
-        raise ValueError(f"the network ends in the shape {shape}, not in logits; "
-                         "is nn.Flatten() or a layer missing?")
-    return stages, [*shapes, shape]
+        A = A.expand(self.P, *A.shape[1:])
+        AW, Ab = vmap(one)(self.tensors, A)
+        return AW, d + Ab
 
 
-def _read_batchnorm(layer, where, shape, get):
-    """s = gamma / sqrt(var + eps) and t = beta - s mean, (P, C) each."""
-    if layer.training or layer.running_mean is None:
-        raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "
-                         "track_running_stats=True), so that it is a fixed affine map")
-    if len(shape) != 3 or shape[0] != layer.num_features:
-        raise ValueError(f"{where} takes {layer.num_features} channels, but gets the shape {shape}")
-    scale = (get("running_var") + layer.eps).rsqrt()
-    scale = scale * get("weight") if layer.affine else scale
-    shift = -get("running_mean") * scale
-    return scale, shift + get("bias") if layer.affine else shift
-
-
-def _read_conv(layer, where, weight, bias, shape):
-    if len(shape) != 3 or shape[0] != layer.in_channels:
-        raise ValueError(f"{where} takes {layer.in_channels} channels, but gets the shape {shape}")
-    span = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
-    padding = layer.padding
-    if padding == "valid":
-        padding = (0, 0)
-    elif padding == "same" and not any(s % 2 for s in span):
-        padding = tuple(s // 2 for s in span)
-    if isinstance(padding, str) or layer.padding_mode != "zeros":
-        raise ValueError(f"{where}: only symmetric zero padding is supported, not "
-                         f"padding={layer.padding!r}, padding_mode={layer.padding_mode!r}")
-    size = tuple((n + 2 * p - s - 1) // t + 1
-                 for n, p, s, t in zip(shape[1:], padding, span, layer.stride))
-    if min(size) < 1:
-        raise ValueError(f"{where}: its kernel is larger than its input {shape}")
-    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-    return Affine(weight, bias, shape, (layer.out_channels, *size),
-                  layer.stride, padding, layer.dilation, layer.groups)
-
-
-# ----------------------------------------------------------------------------- interval arithmetic
-
-def _forward(op, x, weight, bias=None):
-    """W x + b for a batch: x (P or 1, B, N_in) -> (P, B, N_out)."""
-    P, B = len(weight), x.shape[1]
-    if not op.is_conv:
-        y = (weight @ x.mT).mT               # not x @ weight.mT, whose gradient would be transposed
-        return y if bias is None else y + bias[:, None]
-    # The population becomes channels: one grouped convolution, or, while all members still see
-    # the same input, one convolution with P times the output channels.
-    shared = len(x) == 1 and op.groups == 1
-    x = (x if shared else x.expand(P, -1, -1)).transpose(0, 1).reshape(B, -1, *op.in_shape[1:])
-    y = F.conv2d(x, weight.flatten(0, 1), None if bias is None else bias.flatten(),
-                 op.stride, op.padding, op.dilation, 1 if shared else P * op.groups)
-    return y.reshape(B, P, -1).transpose(0, 1)
-
-
-def interval(ops, lower, upper):
-    """Interval arithmetic: centre c -> W c + b, radius r -> |W| r (Gowal et al. 2018).
-
-    Exact for one affine layer over a box; for several in a row, only sound. (P or 1, B, N) each.
-    """
-    for op in ops:
-        centre = torch.lerp(lower, upper, 0.5)
-        radius = _forward(op, upper - centre, op.weight.abs())
-        centre = _forward(op, centre, op.weight, op.bias)
-        lower, upper = centre - radius, centre + radius
-    return lower, upper
-
-
-# ----------------------------------------------------------------------------- relaxing one ReLU
 # Where l < 0 < u, relu is enclosed between two lines, of which only the lower one is a choice:
 #
 #            u |      ,/            upper: the chord   relu(z) <= u/(u-l) (z - l)
@@ -245,31 +139,23 @@ def adaptive(l, u):
     return (u >= -l).to(l.dtype)
 
 
-def zero(l, u):
-    """Always 0: keeps relu >= 0, forgets z. The safest choice where most neurons are inactive."""
-    return torch.zeros_like(l)
-
-
-def one(l, u):
-    """Always 1."""
-    return torch.ones_like(l)
-
-
-def parallel(l, u):
-    """The slope of the upper line, u / (u - l) (Fast-Lin; the zonotope of DeepZ)."""
-    above, below = F.relu(u), F.relu(-l)
-    return above / (above + below + torch.finfo(l.dtype).tiny)
-
-
-class Relu(NamedTuple):
-    """Two lines around relu over [l, u]: lower z <= relu(z) <= upper z + intercept. (P, B, N)."""
+class Lines(NamedTuple):
+    """Two lines around each relu(z): lower z <= relu(z) <= upper z + intercept."""
     lower: torch.Tensor
     upper: torch.Tensor
     intercept: torch.Tensor
+    multiplier: torch.Tensor = 0.0     # of each row, see "free choices"
+
+    def back(self, A, d):
+        """a.relu(z) + d >= a'.z + d': the lower line where a > 0, the upper one where a < 0."""
+        below = -F.relu(-A)
+        above = A - below
+        d = d + (below * self.intercept).sum(-1)
+        return above * self.lower + below * self.upper - self.multiplier, d
 
 
 def relax_relu(l, u, slope=adaptive):
-    """The two lines for every neuron with pre-activation in [l, u]; slope(l, u) in [0, 1].
+    """The Lines of every neuron with pre-activation in [l, u]; slope(l, u) in [0, 1].
 
     Where l < 0 < u does not hold, slope(l, u) has to be finite, and does not matter.
     """
@@ -281,347 +167,257 @@ def relax_relu(l, u, slope=adaptive):
     stable = upper.detach()
     lower = torch.lerp(stable.floor(), stable.ceil(), slope(l, u))       # where stable, as upper
     # Through (u, u), not (l, 0): still above relu where tiny counts and the slope is too small.
-    return Relu(lower, upper, above - upper * above)
+    return Lines(lower, upper, above - upper * above)
 
 
-# ------------------------------------------------------------------------- windows of coefficients
-# One neuron of a convolution depends on a small window of the map below, and, further down, on a
-# larger window of the next map. So its coefficients are kept for that window only:
-#
-#     the bounded layer      the map below            the map below that
-#     . . . . .              . . . . . . .            . . . . . . . . .
-#     . . # . .   kernel 3   . . # # # . .  kernel 3  . . # # # # # . .
-#     . . . . .   -------->  . . # # # . .  ------->  . . # # # # # . .     stride 1 in this drawing
-#     . . . . .              . . # # # . .            . . # # # # # . .
-#
-# The neuron at position (y, x) sees the rows  y*stride - padding + (0 .. kernel-1), columns alike.
-# What falls outside the map is zero padding: slopes and inputs read there are 0, so the
-# coefficients there vanish by themselves. When the window outgrows the map, and above linear
-# layers, a row holds one coefficient per neuron: the window is None, all rows are at one position.
-# The coefficients of a window or a map come in the order (height, width, channel): transposed
-# convolutions are fastest in it. Bounds keep PyTorch's order; _take and _channels_last translate.
+class Box(NamedTuple):
+    """The set of all x with lower <= x <= upper."""
+    lower: torch.Tensor
+    upper: torch.Tensor
 
-class Window(NamedTuple):
-    kernel: tuple
-    stride: tuple
-    padding: tuple
+    def back(self, A, d):
+        """The smallest a.x + d in the box, exactly: each x_j goes to one of its ends."""
+        below = -F.relu(-A)
+        above = A - below
+        return None, d + (above * self.lower + below * self.upper).sum(-1)
 
 
-def _below(window, op):
-    """The window that a row has after back-substitution through op (None: the whole map)."""
-    if window is None or not op.is_conv:
-        return None
-    k, s, p = (tuple(op.weight.shape[3:]), op.stride, op.padding)
-    kernel = tuple((K - 1) * s + d * (k - 1) + 1
-                   for K, s, d, k in zip(window.kernel, s, op.dilation, k))
-    if kernel[0] * kernel[1] >= 2 * op.in_shape[1] * op.in_shape[2]:
-        return None
-    return Window(kernel, tuple(S * t for S, t in zip(window.stride, s)),
-                  tuple(Q * t + q for Q, t, q in zip(window.padding, s, p)))
+def lower_bound(A, d, steps, trace=None):
+    """Sound lower bounds of the rows a.z + d, (P, B, R), where z is the output of steps[-1].
 
-
-@lru_cache(maxsize=64)
-def _seen(window, positions, shape, device):
-    """Which neurons of a map each position sees: indices (G, F) into (C, H, W), N for nothing.
-
-    F is kh * kw * C, in this order, filled up with nothing.
+    steps: a Box, then Layers and Lines.  trace: a list that collects A above each step, top down.
     """
-    C, H, W = shape
-    with torch.inference_mode(False):      # the result is kept, and has to serve in training too
-        ys, xs = (torch.arange(n, device=device)[:, None] * s - p + torch.arange(k, device=device)
-                  for n, s, p, k in zip(positions, window.stride, window.padding, window.kernel))
-        ys, xs = ys[:, None, :, None, None], xs[None, :, None, :, None]    # (Ho, 1, kh, 1, 1), ...
-        inside = (ys >= 0) & (ys < H) & (xs >= 0) & (xs < W)
-        index = torch.arange(C, device=device) * (H * W) + ys * W + xs
-        index = index.masked_fill(~inside, C * H * W).flatten(2).flatten(0, 1)
-        return _padded(index, C * H * W)
-
-
-class Rows(NamedTuple):
-    """Where the rows being bounded sit. Without picks: every position of every sample, (B, G)."""
-    positions: tuple               # (Ho, Wo) of the bounded layer
-    sample: torch.Tensor = None    # (P, U) picked rows: member * B + sample
-    position: torch.Tensor = None  # (P, U) and their position, 0 <= position < G
-
-    @property
-    def picked(self):
-        return self.sample is not None
-
-
-def _channels_last(t, shape, back=False):
-    """The last dimension of t, if it is a map (C, H, W), in the order (H, W, C); or back."""
-    if len(shape) < 3:
-        return t
-    C, H, W = shape
-    return t.unflatten(-1, (H * W, C) if back else (C, H * W)).mT.flatten(-2)
-
-
-def _take(t, window, shape, rows):
-    """What each row sees of a map t (P or 1, B, N): (P, B, G, 1, F); if picked, (P, U, 1, 1, F)."""
-    G = 1
-    if window is None:
-        t = _channels_last(t, shape)[:, :, None]                               # (P, B, 1, N)
-    else:
-        index = _seen(window, rows.positions, shape, t.device)
-        G = len(index)
-        t = F.pad(t, (0, 1)).index_select(-1, index.flatten()).view(*t.shape[:2], *index.shape)
-    if rows.picked:
-        P, U = rows.sample.shape
-        cell = rows.sample * G + (rows.position if window is not None else 0)
-        t = t.expand(P, *t.shape[1:]).flatten(0, 2)                            # (P*B*G, F)
-        t = t.index_select(0, cell.flatten()).view(P, U, 1, -1)
-    return t[..., None, :]
-
-
-def _whole_map(A, window, shape, rows):
-    """Rows over windows -> the same rows over the map: (P, B, G, R, F) -> (P, B, 1, G*R, N)."""
-    index = _seen(window, rows.positions, shape, A.device)                     # (G, F)
-    index = index[rows.position][:, :, None, None] if rows.picked else index[None, None, :, None]
-    A = A.expand(torch.broadcast_shapes(A.shape, index.shape))
-    zeros = A.new_zeros(*A.shape[:-1], torch.Size(shape).numel() + 1)        # last: padding
-    A = zeros.scatter(-1, index.expand(A.shape), A)[..., :-1].flatten(2, 3).unsqueeze(2)
-    return _channels_last(A, shape)
-
-
-def _matrix(op, window):
-    """A convolution on a window as a matrix (P, F above, F below)."""
-    n = op.weight.shape[1] * window.kernel[0] * window.kernel[1]
-    M = _conv_transpose(torch.eye(n, dtype=op.weight.dtype, device=op.weight.device)[None], op,
-                        window)
-    return F.pad(_padded(M), (0, 0, 0, -n % 16))
-
-
-def _bias(op, window):
-    """The bias of each neuron that a row sees, (P, F)."""
-    kernel = op.out_shape[1:] if window is None else window.kernel
-    bias = op.bias.repeat(1, torch.Size(kernel).numel())
-    return bias if window is None else _padded(bias)
-
-
-# ------------------------------------------------------------------------------ back-substitution
-# Coefficients A (P, B, G, R, F) and constants d (P, B, G, R); any of P, B, G may be 1 as long as
-# the rows do not differ there. Three operations: through an affine layer, through a ReLU, and
-# the minimum over a box.
-
-def _through_affine(A, d, window, op, rows):
-    """a.z + d with z = W h + b  ->  (a W).h + (d + a.b), exactly."""
-    below = _below(window, op)
-    if window is not None and below is None:
-        A = _whole_map(A, window, op.out_shape, rows)                          # (P, B, 1, G*R, N)
-        d = d.expand(-1, -1, A.shape[3] // d.shape[3], -1).flatten(2).unsqueeze(2)
-    lead, flat = A.shape[1:-1], A.flatten(1, 3)                                # (P, rows, F)
-    window = window if below else None
-    d = d + _dot(A, _bias(op, window)[:, None, None, None])
-    if not op.is_conv:
-        M = _channels_last(op.weight, op.in_shape)
-    elif not _is_dense(op, below.kernel if below else op.in_shape[1:]):
-        A = _conv_transpose(flat, op, window)
-        return (_padded(A) if below else A).unflatten(1, lead), d, below
-    elif below:
-        M = _matrix(op, window)
-    else:
-        M = _conv_transpose(torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)[None], op, None)
-    return (flat @ M).unflatten(1, lead), d, below
-
-
-def _conv_transpose(A, op, window):
-    """The transpose of a convolution: rows (P, M, F) over a window of its output, or over all of
-    it (None) -> (P, M, F') over the window below, or over all of its input."""
-    P, kernel = len(op.weight), window.kernel if window else op.out_shape[1:]
-    size, padding = op.in_shape[1:], op.padding
-    if window:
-        size, padding = _below(window, op).kernel, (0, 0)
-        A = A[..., :op.weight.shape[1] * kernel[0] * kernel[1]]
-    A = A.expand(P, -1, -1).unflatten(2, (*kernel, -1))                        # (P, M, Ho, Wo, O)
-    A = A.permute(1, 0, 4, 2, 3) if P == 1 else A.permute(1, 2, 3, 0, 4).movedim((3, 4), (1, 2))
-    A = _ConvTranspose.apply(A.flatten(1, 2), op.weight.flatten(0, 1), size, op.stride, padding,
-                             op.dilation, P * op.groups)                       # (M, P*C, H, W)
-    return A.unflatten(1, (P, -1)).permute(1, 0, 3, 4, 2).flatten(2)
-
-
-def _through_relu(A, d, lower, upper, intercept, multiplier=None):
-    """Each relu(z) by its lower line where its coefficient is positive, its upper line where not.
-
-    A+ (lower z) + A- (upper z + intercept), where A = A+ + A-. Slopes (P, B, G, 1 or R, F).
-    multiplier: Lagrange multipliers of the sign of z, (P, B, G, R, F); see "free choices".
-    """
-    A, constant = _Lines.apply(A, lower, upper, intercept)
-    return A if multiplier is None else A - multiplier, d + constant
-
-
-def _minimum(A, d, lower, upper):
-    """min of A x + d over the box lower <= x <= upper: A+ lower + A- upper + d, exact."""
-    if A.shape[1:3] == (1, 1):
-        return d + _dot(A, lower) + _dot(_negative(A), upper - lower)
-    return d + _Minimum.apply(A, lower, upper)
-
-
-def _seen_below(rows, window, shape, stages, bottom, relus, box):
-    """What the rows see on their way down through the stages, bottom first: of the box the stages
-    start from, lower and upper bounds, and of each ReLU between them the two lines, as _take
-    gives them: (P, B, G, 1, F), or (P, U, 1, 1, F) for picked rows."""
-    seen = []
-    for s in range(len(stages) - 1, bottom - 1, -1):
-        for op in reversed(stages[s]):
-            window, shape = _below(window, op), op.in_shape
-        maps = relus[s - 1] if s > bottom else box
-        seen.append([_take(t, window, shape, rows) for t in maps])
-    return seen[::-1]
-
-
-def _lower_bounds(A, d, window, shape, rows, stages, bottom, seen, free=None, trace=None):
-    """Sound lower bounds, (P, B, G, R), of A h + d, where h are the outputs of stages[-1].
-
-    Substitutes backwards through the stages and the ReLUs between them, down to and with
-    stages[bottom]. shape is that of h, rows and window say what A sees, seen is _seen_below.
-    free: {s: Free} for the ReLU after stages[s], to use instead of the rule's lower slope; where it
-    lacks one, the rule's is used and put in. trace: a list that collects the coefficients of each
-    ReLU's outputs, top down, and last of the inputs.
-    """
-    top = len(stages) - 1
-    for s in range(top, bottom - 1, -1):
-        for n, op in enumerate(reversed(stages[s])):
-            if window is not None and window.padding != (0, 0) and (n > 0 or s == top):
-                # No ReLU has been between this layer and the last, so A is not yet 0 on padding.
-                inside = A.new_ones(1, 1, torch.Size(shape).numel())
-                of_one = rows._replace(sample=0 * rows.sample) if rows.picked else rows
-                A = A * _take(inside, window, shape, of_one)
-            A, d, window = _through_affine(A, d, window, op, rows)
-            shape = op.in_shape
+    for step in reversed(steps):
         if trace is not None:
             trace.append(A)
-        if s > bottom:
-            lower, upper, intercept = seen[s - bottom]
-            multiplier = None
-            if free is not None:
-                if s - 1 not in free:
-                    each = lower.expand(torch.broadcast_shapes(A.shape, lower.shape))
-                    free[s - 1] = Free(each, limits=(upper.floor(), upper.ceil()))
-                lower, multiplier = free[s - 1][:2]
-            A, d = _through_relu(A, d, lower, upper, intercept, multiplier)
-    return _minimum(A, d, *seen[0])
+        A, d = step.back(A, d)
+    return d
 
 
-def _map_shapes(stages):
-    """The shapes of what each stage reads and, last, of what the network gives: maps as maps."""
-    shapes = [next(op.out_shape for stage in reversed(stages) for op in reversed(stage))]
-    for stage in reversed(stages):
-        shapes.append(stage[0].in_shape if stage else shapes[-1])
-    return shapes[::-1]
+def neurons(stages, box, substitute, slope=adaptive, skip_stable=False, bound=lower_bound):
+    """Bounds of the inputs of each ReLU, a Box of (P, B, N) each, from below upwards.
 
-
-def _first_rows(op):
-    """The rows e_j W of a layer, which depend on the weights alone, by their first step down.
-
-    Returns W (P, Gx, O, F), constants (P, Gx, O), and what W sees: a window, with Gx = 1 row per
-    channel that serves every position; or, if that outgrows the map, all of it, with Gx = G.
+    stages: lists of layers, with one ReLU between consecutive stages.  substitute: bound every
+    neuron by back-substitution (DeepPoly), else all by intervals (box, CROWN-IBP), which are exact
+    for one layer over a box.  skip_stable: what intervals show to be stable stays as they say, and
+    the rest gets the tighter of both bounds.
     """
-    O, P = op.out_shape[0], len(op.weight)
-    rows = Rows(op.out_shape[1:] if op.is_conv else (1, 1))
-    eye = torch.eye(O, dtype=op.weight.dtype, device=op.weight.device)[None, None, None]
-    eye = _padded(eye) if op.is_conv else eye
-    W, c, window = _through_affine(eye, eye.new_zeros(1, 1, 1, O),
-                                   Window((1, 1), (1, 1), (0, 0)) if op.is_conv else None, op, rows)
-    return W.view(P, -1, O, W.shape[-1]), c.view(P, -1, O), window, rows
+    bounds, inputs, steps = [], box, [for_rows(box)]
+    for layers in stages[:-1]:
+        l, u = inputs
+        for layer in layers:
+            l, u = layer.interval(l, u)
+        exact = not layers or len(steps) + len(layers) == 2
+        steps = [*steps, *layers]
+        if substitute and not exact:
+            # An upper bound of z_j is minus a lower bound of -z_j: two rows for each neuron.
+            eye = torch.eye(l.shape[-1]).to(l)
+            rows = torch.cat([eye, -eye]).expand(*l.shape[:2], -1, -1)
+            low, minus_high = bound(rows, 0, steps).chunk(2, 2)
+            unstable = (l < 0) & (u > 0)
+            if skip_stable:
+                l = torch.where(unstable, torch.maximum(l, low), l)
+                u = torch.where(unstable, torch.minimum(u, -minus_high), u)
+            else:
+                l, u = low, -minus_high
+        bounds.append(Box(l, u))
+        if substitute:
+            steps = [*steps, relax_relu(*for_rows(bounds[-1]), slope)]
+        inputs = F.relu(l), F.relu(u)
+    return bounds
 
 
-def _back_substituted(s, stages, relus, box, budget):
-    """Textbook bounds (l, u) of every pre-activation of stage s, (P, B, N) each.
+def margins(stages, rows, bounds, box, relax, slope=adaptive, bound=lower_bound):
+    """Lower bounds of rows (P, B, R, K) of the logits, from the bounds of the neurons: (P, B, R).
 
-    An upper bound of z_j is minus a lower bound of -z_j, so each neuron gives two rows.
+    The outputs of the last ReLU lie in a box: "box" stops there, the others go down to the input.
     """
-    op, below = stages[s][-1], [*stages[:s], stages[s][:-1]]
-    W, c, window, rows = _first_rows(op)
-    P, B, O, G = len(W), box[0].shape[1], W.shape[2], rows.positions[0] * rows.positions[1]
-    shape, last = op.in_shape, stages[s - 1][-1] if s and stages[s - 1] and not below[-1] else None
-    smaller = _below(window, last) if last else None
-    if smaller and _is_dense(last, smaller.kernel):
-        start = _first_relu(W[:, 0], c[:, 0], window, rows, relus[s - 1], last)
-        window, shape, below = smaller, last.in_shape, [*stages[:s - 1], stages[s - 1][:-1]]
-    else:
-        def start(_, o):
-            A, d = W[:, :, o], c[:, :, o]
-            return (torch.cat([A, -A], 2).view(P, 1, 1, -1, A.shape[-1]),
-                    torch.cat([d, -d], 2).view(P, 1, 1, -1))
-    fit, keeps = budget.fit(2 * P * G, _sizes(window, shape, sum(below, [])), held=2)
-    samples, channels = min(B, fit), min(O, max(1, fit // B))
-    starts = range(0, O, channels)
-
-    def see(i):
-        maps = [[t[:, i] for t in some] for some in (*relus[:len(below) - 1], box)]
-        return _seen_below(rows, window, shape, below, 0, maps[:-1], maps[-1])
-
-    def jobs():
-        for b in range(0, B, samples):
-            i = slice(b, b + samples)     # 3/4: three numbers, where two rows keep two each
-            seen = see(i) if budget.spend(3 * keeps * samples // 4) else None
-            yield from ((i, slice(o, o + channels), seen) for o in starts)
-
-    def bound(i, o, seen):
-        A, d = start(i, o)
-        low = _lower_bounds(A, d, window, shape, rows, below, 0, see(i) if seen is None else seen)
-        return low.view(P, low.shape[1], G, 2, -1).transpose(2, 4)             # (P, b, o, 2, G)
-
-    low = budget.run(bound, jobs(), keeps * samples * channels)
-    n = len(starts)
-    low = torch.cat([torch.cat(low[i:i + n], 2) for i in range(0, len(low), n)], 1)
-    return low[:, :, :, 0].flatten(2), -low[:, :, :, 1].flatten(2)
+    if relax == "box" and bounds:
+        box = Box(*map(F.relu, bounds[-1]))
+        stages, bounds = stages[-1:], []
+    lines = [relax_relu(*for_rows(pair), slope) for pair in bounds]
+    return bound(rows, 0, [for_rows(box), *interleaved(stages, lines)])
 
 
-def _tightened(l, u, s, stages, relus, box, budget, steps=0):
-    """(l, u), tightened by back-substitution of the neurons that it leaves unstable, only those.
+def interleaved(stages, lines):
+    """All layers and lines, in the order of the network."""
+    steps = list(stages[0])
+    for line, layers in zip(lines, stages[1:]):
+        steps += [line, *layers]
+    return steps
 
-    With steps, each row raises its own bound over its own lower slopes (alpha-CROWN).
+
+def for_rows(box):
+    """(P, B, N) -> (P, B, 1, N)."""
+    return Box(*(t.unsqueeze(2) for t in box))
+
+
+# ======================================================================================== the door
+# What users call, and what is accepted.
+
+# A class belongs into AFFINE if it is affine in its input, whatever its settings, and, where it has
+# no weight, its own |W|: whoever adds one vouches for both. RESHAPE changes nothing but shapes.
+AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.BatchNorm1d,
+          nn.BatchNorm2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+          nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d)
+RESHAPE = nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d
+TENSORS = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+
+
+class Network(NamedTuple):
+    """An nn.Sequential as read_network reads it."""
+    stages: list         # lists of Layers, with one ReLU between consecutive stages
+    shapes: list         # without the batch: of each ReLU's input and, last, of the logits
+    P: int
+
+
+def read_network(net, in_shape, params=None):
+    """The Network that an nn.Sequential is for inputs of in_shape; nested ones are read as one.
+
+    Raises ValueError, naming the layer, for what cannot be bounded.
     """
-    op, below = stages[s][-1], [*stages[:s], stages[s][:-1]]
-    unstable = (l < 0) & (u > 0)
-    member, sample, neuron = where = unstable.nonzero(as_tuple=True)
-    if not len(member):
-        return l, u
-    if len(member) > l.numel() / 2 and not steps:    # picking most rows costs more than all at once
-        low, high = _back_substituted(s, stages, relus, box, budget)
-        return (torch.where(unstable, torch.maximum(l, low), l),
-                torch.where(unstable, torch.minimum(u, high), u))
-    W, c, window, rows = _first_rows(op)
-    P, B, O, G = len(W), box[0].shape[1], W.shape[2], rows.positions[0] * rows.positions[1]
-    # The t-th pick of each member, as one table (P, U); short lists are filled up with neuron 0.
-    counts = member.bincount(minlength=P)
-    slot = torch.arange(len(member), device=l.device) - (counts.cumsum(0) - counts)[member]
-    picks = member.new_zeros(P, int(counts.max()))
-    picks[member, slot] = sample * G * O + neuron
-    fit, keeps = budget.fit(2 * P, _sizes(window, op.in_shape, sum(below, [])), held=4)
-    U = min(picks.shape[1], fit)
-
-    def bound(t):
-        p = torch.arange(P, device=l.device)[:, None]
-        b, j = picks[:, t:t + U] // (G * O), picks[:, t:t + U] % (G * O)
-        entry = (p, j % G if W.shape[1] > 1 else 0, j // G)
-        A, d = torch.stack((W[entry], -W[entry]), 2), torch.stack((c[entry], -c[entry]), 2)
-        which = Rows(rows.positions, p * B + b, j % G)
-        seen = _seen_below(which, window, op.in_shape, below, 0, relus, box)
-        low = lambda free: _lower_bounds(A[:, :, None], d[:, :, None], window, op.in_shape, which,
-                                         below, 0, seen, free)
-        return _with_best_slopes(low, steps).view(P, -1, 2)
-
-    low = budget.run(bound, [(t,) for t in range(0, picks.shape[1], U)], keeps * U)
-    low = torch.cat(low, 1)[member, slot]
-    return (l.index_put(where, torch.maximum(l[where], low[:, 0])),
-            u.index_put(where, torch.minimum(u[where], -low[:, 1])))
+    if not is_sequential(net):
+        raise ValueError(f"net is a {type(net).__name__}; it has to be a plain torch.nn.Sequential")
+    P, stacked = stack_tensors(net, params or {})
+    stages, shapes, shape = [[]], [], tuple(in_shape)
+    for name, module in flat_layers(net):
+        if is_a(module, nn.ReLU):
+            stages.append([])
+            shapes.append(shape)
+            continue
+        where = f"layer {name} ({type(module).__name__})"
+        check_layer(module, where)
+        after = out_shape(module, shape, where)
+        if not is_a(module, *RESHAPE):
+            own = {n: getattr(module, n, None) for n in TENSORS}
+            tensors = {n: stacked(t) for n, t in own.items() if t is not None}
+            stages[-1].append(Layer(plain(module), tensors, shape, after, P))
+        shape = after
+    if len(shape) != 1 or not any(stages):
+        raise ValueError(f"the network ends in the shape {shape}, not in logits; "
+                         "is nn.Flatten() or a layer missing?")
+    return Network(stages, [*shapes, shape], P)
 
 
-# ------------------------------------------------------------------------------------- the bounds
+def stack_tensors(net, params):
+    """P, and a function from a tensor of net to what params has in its place, or else to P times
+    itself. A tensor with several names (tied weights) is the same under all of them."""
+    own = dict(net.named_parameters(remove_duplicate=False))
+    own |= dict(net.named_buffers(remove_duplicate=False))
+    own = {name: t for name, t in own.items() if "parametrizations." not in name}
+    unknown = sorted(params.keys() - own.keys())
+    sizes = {tuple(t.shape[:1]) for t in params.values()}
+    if unknown or len(sizes) > 1 or (0,) in sizes or () in sizes:
+        raise ValueError("params has to map names such as '0.weight' to tensors with one leading P "
+                         f">= 1; got the sizes {sorted(sizes)}, unknown {unknown}")
+    for name, t in params.items():
+        if t.shape[1:] != own[name].shape:
+            raise ValueError(f"params[{name!r}] is {tuple(t.shape)}, but the layer's is "
+                             f"{tuple(own[name].shape)}")
+    given = {id(own[name]): t for name, t in params.items()}
+    if len(given) < len(params):
+        raise ValueError("params has one tensor of net under several names; give it under one")
+    P = sizes.pop()[0] if sizes else 1
+
+    def stacked(t):
+        return given[id(t)] if id(t) in given else t.expand(P, *t.shape)
+
+    return P, stacked
+
+
+def flat_layers(net, prefix=""):
+    """(name, layer) of all layers, by their names in net.state_dict()."""
+    for name, module in net._modules.items():
+        if is_sequential(module):
+            yield from flat_layers(module, f"{prefix}{name}.")
+        else:
+            yield prefix + name, module
+
+
+def is_a(module, *kinds):
+    """Is it exactly one of these kinds, and computes what they compute?"""
+    changed = module._forward_hooks or module._forward_pre_hooks
+    changed = changed or any(callable(value) for value in vars(module).values())
+    return parametrize.type_before_parametrizations(module) in kinds and not changed
+
+
+def is_sequential(net):
+    """Is it an nn.Sequential, or a subclass that only builds one?"""
+    same = all(getattr(type(net), name, None) is getattr(nn.Sequential, name)
+               for name in ("forward", "__iter__", "__call__"))
+    return same and is_a(net, type(net))
+
+
+def check_layer(module, where):
+    if not is_a(module, *AFFINE, *RESHAPE):
+        names = ", ".join(kind.__name__ for kind in (*AFFINE, *RESHAPE))
+        raise ValueError(f"{where} is not supported; supported are ReLU, {names}, in an "
+                         "nn.Sequential, without hooks and with their own methods")
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and (
+            module.training or module.running_mean is None):
+        raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "
+                         "track_running_stats=True), so that it is a fixed affine map")
+    computed = module.parametrizations.modules() if parametrize.is_parametrized(module) else []
+    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training or any(
+            m.training and list(m.buffers()) for m in computed):
+        raise ValueError(f"{where} is another function at each call; call net.eval()")
+    divisor = getattr(module, "divisor_override", None)
+    if getattr(module, "mode", "") == "bicubic" or divisor is not None and divisor < 0:
+        raise ValueError(f"{where} has negative coefficients and no weight, which is not supported")
+
+
+def plain(module):
+    """The module; where its weights are computed from others (weight_norm), with plain ones."""
+    if parametrize.is_parametrized(module):
+        module = deepcopy(module)
+        for name in list(module.parametrizations):
+            parametrize.remove_parametrizations(module, name)
+    return module
+
+
+def out_shape(module, shape, where):
+    """What a layer makes of one input of that shape: by running it, or by arithmetic, where that
+    is not worth the time."""
+    if type(module) is nn.Linear and shape == (module.in_features,):
+        return (module.out_features,)
+    if type(module) is nn.Conv2d and len(shape) == 3 and module.padding_mode == "zeros" \
+            and shape[0] == module.in_channels and not isinstance(module.padding, str):
+        size = conv_size(module, shape[1:])
+        if min(size) > 0:
+            return (module.out_channels, *size)
+    like, two_or_three = next(module.parameters(), torch.zeros(())), (2, 3)
+    try:
+        with torch.no_grad():
+            after = [module(like.new_zeros(n, *shape)).shape for n in two_or_three]
+    except (RuntimeError, ValueError, IndexError) as e:
+        hint = "; is nn.Flatten() missing?" if isinstance(module, nn.Linear) else ""
+        raise ValueError(f"{where} cannot read the shape {shape}{hint} "
+                         f"({str(e).splitlines()[0]})") from None
+    if [(n, *after[0][1:]) for n in two_or_three] != [tuple(each) for each in after]:
+        raise ValueError(f"{where} mixes the images of a batch")
+    return tuple(after[0][1:])
+
+
+def conv_size(conv, size):
+    """The size of the map that a Conv2d makes of one of the given size."""
+    def along(n, k, s, p, d):
+        return (n + 2 * p - d * (k - 1) - 1) // s + 1
+
+    settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+    return tuple(along(n, *each) for n, *each in zip(size, *settings))
+
 
 def prepare(net, x, eps, relax, params):
-    """Check the input; returns the stages, the shapes at their ends, and the input set as a
-    box (P or 1, B, N). Elementwise layers that come first (normalisation) map boxes to boxes
-    exactly, so they are applied to the box and taken off the stages."""
+    """Check the input; returns the Network and the input set as a Box (P, B, N). Normalisation, if
+    it comes first, maps the box exactly, so it is applied to it and taken off the network."""
     if relax not in RELAXATIONS:
         raise ValueError(f"relax={relax!r} is not one of {', '.join(RELAXATIONS)}")
     if relax == "alpha-crown" and torch.is_inference_mode_enabled():
         raise ValueError("alpha-crown climbs along gradients, which torch.inference_mode() has "
                          "none of; torch.no_grad() will do")
-    stages, shapes = read_network(net, x.shape[1:], params)
-    dtypes = {x.dtype} | {t.dtype for stage in stages for op in stage for t in (op.weight, op.bias)}
+    network = read_network(net, x.shape[1:], params)
+    tensors = [t for layers in network.stages for layer in layers for t in layer.tensors.values()]
+    dtypes = {t.dtype for t in (x, *tensors) if t.dtype != torch.int64}
     if len(dtypes) > 1 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x and the parameters have to be all float32 or all float64, got "
                          f"{sorted(map(str, dtypes))}")
@@ -631,37 +427,23 @@ def prepare(net, x, eps, relax, params):
     if not (low >= 0 and high <= 1):
         raise ValueError("x is empty, or has values outside [0, 1] or NaN: pass pixels; "
                          "normalisation is a layer of the network")
+    eps = check_eps(eps, x)
+    box = [(x - eps).clamp(min=0), (x + eps).clamp(max=1)]
+    box = Box(*(t.flatten(1)[None] for t in box))
+    first, *rest = network.stages
+    while first and isinstance(first[0].module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        box, first = Box(*first[0].interval(*box)), first[1:]
+    return network._replace(stages=[first, *rest]), box
+
+
+def check_eps(eps, x):
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
-    if eps.dim() > x.dim() or any(n not in (1, m) for n, m in zip(eps.shape[::-1], x.shape[::-1])) \
-            or not ((eps >= 0) & eps.isfinite()).all():
+    sizes = zip(reversed(eps.shape), reversed(x.shape))
+    fits = eps.dim() <= x.dim() and all(n in (1, m) for n, m in sizes)
+    if not fits or not ((eps >= 0) & eps.isfinite()).all():
         raise ValueError(f"eps={eps.tolist()} has to be a radius in pixels, 0 <= eps < infinity: a "
                          "number, or a tensor that broadcasts with x")
-    box = [(x - eps).clamp(min=0), (x + eps).clamp(max=1)]
-    box = [t.flatten(1)[None] for t in box]                                    # (1, B, N)
-    while stages[0] and stages[0][0].is_elementwise:
-        first, *rest = stages[0]
-        box, stages = list(interval([first], *box)), [rest, *stages[1:]]
-    return stages, shapes, box
-
-
-def _intermediate(stages, box, relax, slope, skip_stable, budget, steps=0):
-    """Bounds [(l, u), ...] before each ReLU, (P, B, N) each."""
-    bounds, relus, inputs = [], [], box
-    for s, ops in enumerate(stages[:-1]):
-        # Interval bounds of a single first layer are exact: nothing is gained by substitution.
-        substitute = relax in ("deeppoly", "alpha-crown") and ops and (s > 0 or len(ops) > 1)
-        if not substitute or skip_stable:
-            l, u = interval(ops, *inputs)
-        if substitute and skip_stable:
-            l, u = _tightened(l, u, s, stages, relus, box, budget)
-        elif substitute:
-            l, u = _back_substituted(s, stages, relus, box, budget)
-        if substitute and relax == "alpha-crown":
-            l, u = _tightened(l, u, s, stages, relus, box, budget, steps)
-        bounds.append((l, u))
-        relus += [relax_relu(l, u, slope)] if relax in ("deeppoly", "alpha-crown") else []
-        inputs = F.relu(l), F.relu(u)
-    return bounds
+    return eps
 
 
 def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=adaptive,
@@ -672,10 +454,12 @@ def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=ad
     ReLU's input: (B, ...), or (P, B, ...) with params. Guarantee: l <= z(x') <= u for every x' in
     the ball. Arguments and errors are those of margin_lower_bounds.
     """
-    stages, shapes, box = prepare(net, x, eps, relax, params)
-    bounds = _intermediate(stages, box, relax, slope, skip_stable, Budget(memory, x), steps)
-    return [tuple(t.expand(_population(params), -1, -1).reshape(shape) for t in pair)
-            for pair, shape in zip(bounds, _outer_shapes(shapes, x, params))]
+    network, box = prepare(net, x, eps, relax, params)
+    machine, budget, slope = engine(network), Budget(memory, x), checked(slope)
+    bounds = all_neurons(machine, machine.inward(box, 0), relax, slope, skip_stable, budget, steps)
+    bounds = [machine.outward(pair, i) for i, pair in enumerate(bounds, 1)]
+    return [tuple(t.expand(network.P, -1, -1).reshape(shape) for t in pair)
+            for pair, shape in zip(bounds, bound_shapes(network, x, params))]
 
 
 def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stable=False, *,
@@ -691,7 +475,7 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     h + 1 and logit 1 is h, with h in [0, 5], the margin is exactly 1, while bounding the
     logits apart gives 1 - 5 = -4.
 
-    net: nn.Sequential of Conv2d, Linear, ReLU, Flatten, eval-mode BatchNorm2d, ending in (B, K).
+    net: nn.Sequential of ReLU and of layers in AFFINE and RESHAPE, in eval mode, ending in (B, K).
     x: (B, ...) pixels in [0, 1], float32 or float64 like the parameters.  y: (B,) labels.
     eps: radius in pixels: a number, or a tensor that broadcasts with x.
     relax: "box", "crown-ibp", "deeppoly" (textbook: every bound by full back-substitution), or
@@ -710,64 +494,73 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
 
     Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
     """
-    stages, shapes, box = prepare(net, x, eps, relax, params)
-    y = torch.as_tensor(y, device=x.device)
-    if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)}")
-    K, = shapes[-1]
-    if not ((y >= 0) & (y < K)).all():
-        raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
-    y, budget = y.long(), Budget(memory, x)
+    network, box = prepare(net, x, eps, relax, params)
+    y, machine = check_labels(y, x, network.shapes[-1][0]), engine(network)
+    box, budget, slope = machine.inward(box, 0), Budget(memory, x), checked(slope)
     if intermediate is None:
-        bounds = _intermediate(stages, box, relax, slope, skip_stable, budget, steps)
+        bounds = all_neurons(machine, box, relax, slope, skip_stable, budget, steps)
     else:
-        want = _outer_shapes(shapes, x, params)
+        want = bound_shapes(network, x, params)
         if [[t.shape for t in pair] for pair in intermediate] != [[s, s] for s in want]:
             raise ValueError(f"intermediate has to hold a pair (l, u) of each of the shapes {want}")
-        P = _population(params)
-        bounds = [[t.reshape(P, len(x), -1) for t in pair] for pair in intermediate]
-    # "box" stops at the last ReLU, whose outputs lie in a box; the others go down to the input.
-    bottom = len(stages) - 1 if relax == "box" else 0
-    inputs = [F.relu(t) for t in bounds[-1]] if bottom else box
-    relus = [] if bottom else [relax_relu(l, u, slope) for l, u in bounds]
-    eye = torch.eye(K, dtype=x.dtype, device=x.device)
-    def bound(b):
-        some = [[t[:, b:b + samples] for t in maps] for maps in (*relus, inputs)]
-        labels = y[b:b + samples]
-        if bottom:           # rows that depend on the label alone: one product for all samples
-            labels, of = labels.unique(return_inverse=True)
-        A = _channels_last(eye[labels][:, None] - eye, top)[None, :, None]   # (1, B or U, 1, K, K)
-        A = A.flatten(1, 3)[:, None, None] if bottom else A
-        seen = _seen_below(rows, None, top, stages, bottom, some[:-1], some[-1])
-        low = lambda free: _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, top, rows, stages,
-                                         bottom, seen, free)
-        low = _with_best_slopes(low, steps if relax == "alpha-crown" else 0)[:, :, 0]
-        return low.unflatten(-1, (-1, K))[:, torch.arange(len(of)), of] if bottom else low
-
-    rows, top = Rows((1, 1)), _map_shapes(stages)[-1]
-    sizes = _sizes(None, top, sum(stages[bottom:], []))
-    fit, keeps = budget.fit(_population(params) * K, sizes, held=2 + 3 / K)
-    samples = min(len(x), fit)
-    jobs = [(b,) for b in range(0, len(x), samples)]
-    low = torch.cat(budget.run(bound, jobs, keeps * samples), 1)
+        flat = [[t.reshape(network.P, len(x), -1) for t in pair] for pair in intermediate]
+        bounds = [machine.inward(pair, i) for i, pair in enumerate(flat, 1)]
+    low = all_margins(machine, box, y, relax, bounds, slope, budget, steps)
     if relax == "alpha-crown" and intermediate is None:     # tighter bounds may flip a rule's slope
         deeppoly = margin_lower_bounds(net, x, y, eps, "deeppoly", params, skip_stable, slope=slope,
                                        memory=memory)
-        low = torch.maximum(low, deeppoly[None] if params is None else deeppoly)
+        low = torch.maximum(low, deeppoly)
     return low[0] if params is None else low
 
 
-def _outer_shapes(shapes, x, params):
+def check_labels(y, x, K):
+    y = torch.as_tensor(y, device=x.device)
+    if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)}")
+    if not ((y >= 0) & (y < K)).all():
+        raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
+    return y.long()
+
+
+def bound_shapes(network, x, params):
     """Shapes of the bounds before each ReLU as the user sees them: (B, ...), or (P, B, ...)."""
-    lead = (len(x),) if params is None else (_population(params), len(x))
-    return [torch.Size((*lead, *shape)) for shape in shapes[:-1]]
+    lead = (len(x),) if params is None else (network.P, len(x))
+    return [torch.Size((*lead, *shape)) for shape in network.shapes[:-1]]
 
 
-def _population(params):
-    return len(next(iter(params.values()))) if params else 1
+def all_neurons(machine, box, relax, slope, skip_stable, budget, ascent):
+    """The bounds of the neurons, as the machine lays them out: [(l, u), ...], (P, B, N) each."""
+    ascent = ascent if relax == "alpha-crown" else 0
+    if relax in ("box", "crown-ibp"):
+        return neurons(machine.stages, box, False)
+    if machine.bound is quick_bound:
+        return quick_neurons(machine.stages, box, slope, skip_stable, budget, ascent)
+    bound = partial(best_where_unstable, ascent=ascent) if ascent else lower_bound
+    return neurons(machine.stages, box, True, slope, skip_stable, bound)
 
 
-# ------------------------------------------------------------------------------------ free choices
+def all_margins(machine, box, y, relax, bounds, slope, budget, ascent):
+    """The bounds of the margins, (P, B, K); no row is spent on the margin of y over itself."""
+    stages, layouts, inner, P, K = machine
+    others = (y[:, None] + torch.arange(1, K).to(y)) % K                              # (B, K-1)
+    eye = torch.eye(K).to(box.lower)
+    rows = hwc(eye[y][:, None] - eye[others], layouts[-1])[None]                 # (1, B, K-1, K)
+    bound = partial(best_slopes, ascent=ascent if relax == "alpha-crown" else 0, bound=inner)
+
+    def of_samples(b):
+        some, *pairs = parts_of([box, *bounds], slice(b, b + samples))
+        return margins(stages, rows[:, b:b + samples], pairs, some, relax, slope, bound)
+
+    sizes = sizes_down(View((K,)), stages[-1:] if relax == "box" else stages)
+    fit, keeps = budget.fit(P * K, sizes, held=2 + 3 / K)
+    samples = min(len(y), fit)
+    jobs = [(b,) for b in range(0, len(y), samples)]
+    low = torch.cat(budget.run(of_samples, jobs, keeps * samples), 1)
+    where = others.expand(P, -1, -1)
+    return low.new_zeros(P, len(y), K).scatter(2, where, low)
+
+
+# =================================================================================== free choices
 # Two things in a back-substituted bound may be chosen at will, row by row. Every choice is sound,
 # a good one is tight: alpha-CROWN and beta-CROWN raise the bound by gradient ascent on them.
 #
@@ -784,32 +577,46 @@ def _population(params):
 # it is that of the linear program made of the lines around the ReLUs and of all constraints; if
 # that program has no solution, it grows beyond all limits.
 
-class Free(NamedTuple):
-    """What rows may choose at one ReLU, (P, B, G, R, F) each."""
-    slope: torch.Tensor                # of the lower line, between those of limits
-    multiplier: torch.Tensor = None    # s beta; None: 0
-    limits: tuple = None               # of the slope: 0 and 1 where unstable, else both the slope
+
+def zero(l, u):
+    """Always 0: keeps relu >= 0, forgets z. The safest choice where most neurons are inactive."""
+    return torch.zeros_like(l)
 
 
-def pinned_forward(stages, active, x):
-    """Pre-activations (B, N) before all ReLUs and logits (B, K) of inputs x (B, N_in), with each
-    relu(z) replaced by active * z, active (B, N): affine in x; the network itself where the active
-    neurons have z >= 0 and the others z <= 0."""
-    before, h, n = [x.new_zeros(len(x), 0)], x[None], 0
-    for s, ops in enumerate(stages):
-        for op in ops:
-            h = _forward(op, h, op.weight, op.bias)
-        if s < len(stages) - 1:
-            before.append(h[0])
-            h = h * active[:, n:n + h.shape[-1]]
-            n += h.shape[-1]
-    return torch.cat(before, 1), h[0]
+def one(l, u):
+    """Always 1."""
+    return torch.ones_like(l)
 
 
-def _ascend(bound, free, limits, rates, steps, target=torch.inf):
+def parallel(l, u):
+    """The slope of the upper line, u / (u - l) (Fast-Lin; the zonotope of DeepZ)."""
+    above, below = F.relu(u), F.relu(-l)
+    return above / (above + below + torch.finfo(l.dtype).tiny)
+
+
+def checked(slope):
+    """The rule; one that is not of this file raises ValueError where it leaves [0, 1]."""
+    def rule(l, u):
+        slopes = slope(l, u)
+        outside = (slopes < 0) | (slopes > 1)
+        if (outside & (l < 0) & (u > 0)).any():
+            raise ValueError("slope(l, u) has to be in [0, 1]: other lines do not bound relu")
+        return slopes
+
+    return slope if slope in (adaptive, zero, one, parallel) else rule
+
+
+def replaced(steps, **fields):
+    """The steps with other fields for the Lines, one after another: lower=[first, second, ...]."""
+    of_each = iter(zip(*fields.values()))
+    return [step._replace(**dict(zip(fields, next(of_each)))) if isinstance(step, Lines) else step
+            for step in steps]
+
+
+def ascend(bound, free, limits, rates, steps, target=torch.inf):
     """Raise the bound of every row by projected Adam on what is free: (best bounds, choices).
 
-    bound(free) -> (...); each tensor of free is (..., F), F numbers for each row. limits has its
+    bound(free) -> (...); each tensor of free is (..., Q), Q numbers for each row. limits has its
     (lowest, highest), rates its first step size. The given choices are tried first, and each row
     keeps its best ones, so no row gets looser. Stops early when all bounds exceed target.
     """
@@ -839,21 +646,45 @@ def _ascend(bound, free, limits, rates, steps, target=torch.inf):
                 t.clamp_(lowest, highest)
 
 
-def _with_best_slopes(bound, steps):
-    """The best of bound(free) over the lower slopes of each row, from the rule's (alpha-CROWN).
-
-    Its gradient is that of bound at the slopes found, held fixed.
+def best_slopes(A, d, steps, ascent, bound=lower_bound):
+    """lower_bound with the best lower slopes that so many steps of ascent find for each row, from
+    the given ones on (alpha-CROWN). Its gradient is that of the bound, with the slopes held fixed.
     """
-    if not steps:
-        return bound(None)
-    rule = {}
-    low = bound(rule)                                      # fills in the rule's slopes
-    if rule:
-        slopes, _, limits = zip(*rule.values())
-        chosen = lambda slopes: bound({s: Free(t) for s, t in zip(rule, slopes)})
-        best, slopes = _ascend(chosen, slopes, limits, [RATES[0]] * len(rule), steps)
-        low = chosen(slopes) if torch.is_grad_enabled() else best
-    return low
+    lines = [step for step in steps if isinstance(step, Lines)]
+    if not ascent or not lines:
+        return bound(A, d, steps)
+    start = []
+    for line in lines:
+        rows = torch.broadcast_shapes(A.shape[:-1], line.lower.shape[:-1])
+        start.append(line.lower.expand(*rows, -1))
+    limits = [(line.upper.floor(), line.upper.ceil()) for line in lines]
+    chosen = lambda slopes: bound(A, d, replaced(steps, lower=slopes))
+    best, slopes = ascend(chosen, start, limits, [RATES[0]] * len(start), ascent)
+    return chosen(slopes) if torch.is_grad_enabled() else best
+
+
+def best_where_unstable(A, d, steps, ascent):
+    """best_slopes of neurons, rows and minus the rows, that lower_bound leaves unstable."""
+    low = lower_bound(A, d, steps)
+    below, above = low.chunk(2, 2)
+    unstable = (below < 0) & (-above > 0)
+    better = best_slopes(A, d, steps, ascent)
+    return torch.where(torch.cat([unstable, unstable], 2), better, low)
+
+
+def pinned_forward(network, active, x):
+    """Pre-activations (B, N) before all ReLUs and logits (B, K) of inputs x (B, N_in), with each
+    relu(z) replaced by active * z, active (B, N): affine in x; the network itself where the active
+    neurons have z >= 0 and the others z <= 0."""
+    before, h, n = [x.new_zeros(len(x), 0)], x[None], 0
+    for s, layers in enumerate(network.stages):
+        for layer in layers:
+            h = layer.forward(h)
+        if s < len(network.stages) - 1:
+            before.append(h[0])
+            h = h * active[:, n:n + h.shape[-1]]
+            n += h.shape[-1]
+    return torch.cat(before, 1), h[0]
 
 
 class Subdomains(NamedTuple):
@@ -871,136 +702,595 @@ class Subdomains(NamedTuple):
     multipliers: torch.Tensor   # (B, N) s beta
 
 
-def subdomain_bounds(stages, sub, steps=0, target=torch.inf, trace=None):
+def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
     """Sound lower bounds (B,) of the functions on their subdomains; and the slopes and multipliers
     (B, N) that give them, the given ones or better by so many steps of ascent.
 
     trace: with steps=0, a list to be filled with the coefficients (B, ...) of each ReLU's outputs,
     bottom up, after those of the input.
     """
-    shapes = _map_shapes(stages)
+    stages, layouts, bound, *_ = engine(network)
 
-    def by_relu(t, *lead):
-        return [part.reshape(*lead, part.shape[-1]) for part in t.split(sub.sizes, -1)]
+    def by_relu(t):                                                          # (1, B, 1, N) each
+        parts = t[None, :, None].split(sub.sizes, -1)
+        return [hwc(part, layout) for part, layout in zip(parts, layouts[1:])]
 
-    def bound(choices):
-        parts = ([_channels_last(part, shape)
-                  for part, shape in zip(by_relu(t, 1, -1, 1, 1), shapes[1:])] for t in choices)
-        return _lower_bounds(A, A.new_zeros(A.shape[:-1]), None, shapes[-1], rows, stages, 0, seen,
-                             {s: Free(*p) for s, p in enumerate(zip(*parts))}, found)[0, :, 0, 0]
+    def chosen(choices):
+        lower, multiplier = (by_relu(t) for t in choices)
+        steps = replaced(way, lower=lower, multiplier=multiplier)
+        return bound(rows, 0, steps, found)[0, :, 0]
 
-    rows = Rows((1, 1))
-    relus = [relax_relu(l, u) for l, u in zip(by_relu(sub.l, 1, -1), by_relu(sub.u, 1, -1))]
-    seen = _seen_below(rows, None, shapes[-1], stages, 0, relus, sub.box)
-    A = _channels_last(sub.rows, shapes[-1])[None, :, None, None]
-    found = None if trace is None else []
-    upper, zero = torch.cat([sub.l[:, :0], *(relu.upper[0] for relu in relus)], -1), 0 * sub.signs
-    limits = [(upper.floor(), upper.ceil()), (zero.masked_fill(sub.signs < 0, -torch.inf),
-                                              zero.masked_fill(sub.signs > 0, torch.inf))]
+    box = Box(*(hwc(t[:, :, None], layouts[0]) for t in sub.box))
+    rows = hwc(sub.rows, layouts[-1])[None, :, None]                         # (1, B, 1, K)
+    whole = relax_relu(sub.l, sub.u)
+    lines = [Lines(*parts) for parts in zip(*(by_relu(t) for t in whole[:3]))]
+    way, found = [box, *interleaved(stages, lines)], None if trace is None else []
+    unused = torch.zeros_like(sub.signs)
+    limits = [(whole.upper.floor(), whole.upper.ceil()),
+              (unused.masked_fill(sub.signs < 0, -torch.inf),
+               unused.masked_fill(sub.signs > 0, torch.inf))]
     choices = [t.clamp(*limit) for t, limit in zip((sub.slopes, sub.multipliers), limits)]
     if steps and sub.sizes:
-        low, choices = _ascend(bound, choices, limits, RATES, steps, target)
+        low, choices = ascend(chosen, choices, limits, RATES, steps, target)
     else:
-        low = bound(choices)
+        low = chosen(choices)
     if trace is not None:
-        trace += [_channels_last(A[0, :, 0, 0], shape, back=True)
-                  for A, shape in zip(reversed(found), shapes)]
+        above = [A for A, step in zip(found, reversed(way)) if isinstance(step, Lines)]
+        trace += [chw(A[0, :, 0], layout)
+                  for A, layout in zip([found[-1], *reversed(above)], layouts)]
     return low, *choices
 
 
-# ----------------------------------------------------------------------- for speed and memory only
-# What follows computes nothing new. Each piece has a short form that gives the same numbers up to
-# rounding, but is slower, or keeps more for the backward pass:
+# ===================================================================== the same numbers, faster
+# Nothing above needs what follows; FAST = False leaves it out. It reads Conv2d, Linear, BatchNorm
+# and zero padding, as most networks have nothing else; any other goes through the heart.
 #
-#     _ConvTranspose      F.conv_transpose2d, slow on a CPU where channels are few
-#     _Lines, _Minimum    F.relu(A) * lower + _negative(A) * upper, and sums over it
-#     _dot, _Sides        (A * v).sum(-1) and torch.cat
-#     _first_relu         _through_relu and _through_affine, of the rows and of minus the rows
-#
-# _is_dense chooses between two forms of a layer, Budget how many rows go down at once.
+# Prices: how many times slower without a piece, forward and backward (benchmarks/against.py ...).
 
-def _padded(t, value=0):
-    """Fill up the last dimension to a multiple of 16: matrix products are fast with it."""
-    return F.pad(t, (0, -t.shape[-1] % 16), value=value)
+class Op(NamedTuple):
+    """A Layer without its module: a linear one (stride None) or a convolution.
+
+    Maps are flat in the order (height, width, channel), in which transposed convolutions are
+    fastest; bounds come and go in PyTorch's order (hwc and chw translate).
+    """
+    weight: torch.Tensor     # (P, O, N), or (P, O, C/groups, kh, kw)
+    bias: torch.Tensor       # (P, O)
+    in_shape: tuple          # (N,) or (C, H, W), also of a linear layer that reads a map
+    out_shape: tuple
+    stride: tuple = None
+    padding: tuple = (0, 0)
+    dilation: tuple = (1, 1)
+    groups: int = 1
+
+    def apply(self, h, weight, bias=None):
+        """W h + b: (P or 1, B, N) -> (P, B, N')."""
+        P = len(weight)
+        if self.stride is None:
+            y = (weight @ h.mT).mT           # not h @ weight.mT, whose gradient is a transpose
+            return y if bias is None else y + bias[:, None]
+        # The population becomes channels: one grouped convolution, or, while all members still see
+        # the same input, one convolution with P times the output channels.
+        shared = len(h) == 1 and self.groups == 1
+        h = as_map(h if shared else h.expand(P, -1, -1), self.in_shape)
+        y = F.conv2d(h, weight.flatten(0, 1), None if bias is None else bias.flatten(),
+                     self.stride, self.padding, self.dilation, 1 if shared else P * self.groups)
+        return as_rows(y, P)
+
+    def interval(self, lower, upper):
+        middle = torch.lerp(lower, upper, 0.5)
+        centre = self.apply(middle, self.weight, self.bias)
+        radius = self.apply(upper - middle, self.weight.abs())
+        return centre - radius, centre + radius
+
+    def back(self, A, d, kernel=None, size=None, padding=None):
+        """Layer.back, for rows A (P, ..., Q) of all outputs; or of a window of them of the size
+        kernel, which sees inputs of the given size."""
+        kernel = kernel or self.out_shape[1:]
+        lead, rows = A.shape[1:-1], A.flatten(1, -2)                           # (P, rows, Q)
+        bias = self.bias.repeat(1, math.prod(kernel))[..., None]
+        d = d + (rows @ bias).squeeze(2).unflatten(1, lead)
+        if self.stride is None:
+            rows = rows @ self.weight
+        else:
+            rows = self.transposed(rows, kernel, size or self.in_shape[1:],
+                                   self.padding if padding is None else padding)
+        return rows.unflatten(1, lead), d
+
+    def transposed(self, rows, kernel, size, padding):
+        """Rows (P, M, Q) of a window of outputs as rows of the inputs that it sees."""
+        if is_dense(self, size):
+            return rows @ self.matrix(kernel, size, padding)
+        return self.conv_transpose(rows, kernel, size, padding)
+
+    def matrix(self, kernel, size, padding): 
+        """The convolution on such a window as a matrix, (P, Q, Q')."""
+        eye = torch.eye(self.weight.shape[1] * math.prod(kernel)).to(self.weight)
+        return self.conv_transpose(eye[None], kernel, size, padding)
+
+    def conv_transpose(self, rows, kernel, size, padding):
+        P, O = self.bias.shape
+        A = as_map(rows.expand(P, -1, -1), (O, *kernel))
+        A = ConvTranspose.apply(A, self.weight.flatten(0, 1), size, self.stride, padding,
+                                self.dilation, P * self.groups)
+        return as_rows(A, P)
 
 
-def _is_dense(op, size):
+def as_map(t, shape):
+    """(P, B, H*W*C) -> (B, P*C, H, W), in the memory as torch.channels_last has it."""
+    C, H, W = shape
+    t = t.unflatten(-1, (H, W, C)).permute(1, 2, 3, 0, 4)                      # (B, H, W, P, C)
+    return t.flatten(3).permute(0, 3, 1, 2)
+
+
+def as_rows(y, P):
+    """(B, P*C, H, W) -> (P, B, H*W*C)."""
+    y = y.permute(0, 2, 3, 1).unflatten(-1, (P, -1))                           # (B, H, W, P, C)
+    return y.permute(3, 0, 1, 2, 4).flatten(2)
+
+
+def hwc(t, shape):
+    """The last dimension of t, if it is a map (C, H, W), in the order (H, W, C)."""
+    is_map = shape and len(shape) == 3
+    return t.unflatten(-1, (shape[0], -1)).mT.flatten(-2) if is_map else t
+
+
+def chw(t, shape):
+    """The last dimension of t, if it is a map, in PyTorch's order again."""
+    is_map = shape and len(shape) == 3
+    return t.unflatten(-1, (-1, shape[0])).mT.flatten(-2) if is_map else t
+
+
+def is_dense(op, size):
     """Is a product with one dense matrix, mostly zeros, faster than the transposed convolution?
     Measured on a CPU: the fewer the channels below, the slower is the convolution."""
     C, kh, kw = op.weight.shape[2:]
     return size[0] * size[1] * C <= min(64, 10 * C) * kh * kw
 
 
-class _ConvTranspose(torch.autograd.Function):
+class Engine(NamedTuple):
+    """What bounds a network: stages of Layers and lower_bound, or of Ops and quick_bound."""
+    stages: list
+    layouts: list       # (C, H, W) of what each stage reads and of the logits; None: PyTorch's
+    bound: object
+    P: int
+    K: int
+
+    def inward(self, pair, i):
+        """Lower and upper bounds of what stage i reads, from PyTorch's order to ours."""
+        return Box(*(hwc(t, self.layouts[i]) for t in pair))
+
+    def outward(self, pair, i):
+        return Box(*(chw(t, self.layouts[i]) for t in pair))
+
+
+def engine(network):
+    """The fast one, if FAST and if it can read the network; else the heart's."""
+    stages, source = [[] for _ in network.stages], None    # source: shape of what the last Op gives
+    for ops, layers in zip(stages, network.stages):
+        for layer in layers:
+            if not FAST or not read_op(layer, ops, source):
+                nowhere = [None] * (len(stages) + 1)
+                return Engine(network.stages, nowhere, lower_bound, network.P, *network.shapes[-1])
+            source = ops[-1].out_shape
+    layouts = [source]
+    for ops in reversed(stages):
+        layouts.append(ops[0].in_shape if ops else layouts[-1])
+    return Engine(stages, layouts[::-1], quick_bound, network.P, *network.shapes[-1])
+
+
+def read_op(layer, ops, source):
+    """Append the layer to ops as an Op, or fold it into the last of them; False: it cannot be."""
+    module, tensors, shape = layer.module, layer.tensors, layer.in_shape
+    norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
+    if isinstance(module, nn.Linear) and len(shape) == 1:
+        weight = hwc(tensors["weight"], source)
+        op = Op(weight, bias_of(tensors, weight), source or shape, layer.out_shape)
+    elif len(shape) == 3 and source in (None, shape) and conv_padding(module):
+        weight, options = tensors["weight"], (module.stride, conv_padding(module), module.dilation)
+        op = Op(weight, bias_of(tensors, weight), shape, layer.out_shape, *options, module.groups)
+    elif norm and ops and source == shape:
+        op, (scale, shift) = ops.pop(), scale_and_shift(module, tensors)
+        each = scale.view(*scale.shape, *[1] * (op.weight.dim() - 2))
+        op = op._replace(weight=op.weight * each, bias=op.bias * scale + shift)
+    elif norm and len(shape) == 3 and source in (None, shape):
+        scale, shift = scale_and_shift(module, tensors)
+        kernel = scale[..., None, None, None]                                # (P, C, 1, 1, 1)
+        op = Op(kernel, shift, shape, shape, stride=(1, 1), groups=shape[0])
+    else:
+        return False
+    ops.append(op)
+    return True
+
+
+def bias_of(tensors, weight):
+    return tensors["bias"] if "bias" in tensors else weight.new_zeros(weight.shape[:2])
+
+
+def conv_padding(module):
+    """(above and below, left and right) of a Conv2d that pads with zeros, alike on both sides."""
+    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
+        return None
+    if module.padding != "same":
+        return (0, 0) if module.padding == "valid" else module.padding
+    span = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
+    return None if any(s % 2 for s in span) else tuple(s // 2 for s in span)
+
+
+def scale_and_shift(norm, tensors):
+    """s = gamma / sqrt(var + eps) and t = beta - s mean, (P, C) each: BatchNorm is z -> s z + t."""
+    scale = (tensors["running_var"] + norm.eps).rsqrt() * tensors.get("weight", 1)
+    return scale, tensors.get("bias", 0) - tensors["running_mean"] * scale
+
+
+# One neuron of a convolution depends on a small window of the map below, and, further down, on a
+# larger window of the next map. So its coefficients are kept for that window only:
+#
+#     the bounded layer      the map below            the map below that
+#     . . . . .              . . . . . . .            . . . . . . . . .
+#     . . # . .   kernel 3   . . # # # . .  kernel 3  . . # # # # # . .
+#     . . . . .   -------->  . . # # # . .  ------->  . . # # # # # . .     stride 1 in this drawing
+#     . . . . .              . . # # # . .            . . # # # # # . .
+#
+# The neuron at position (y, x) sees the rows  y*stride - padding + (0 .. kernel-1), columns alike.
+# What falls outside the map is zero padding: lines and inputs read there are 0, so the coefficients
+# there vanish by themselves. When the window outgrows the map, and below linear layers, a row holds
+# one coefficient for each neuron. Rows are A (P, B, G, R, Q), and d (P, B, G, R).
+
+class View(NamedTuple):
+    """What the rows at each position see of a map: a window, or all of it (kernel None)."""
+    shape: tuple                   # of the map, (C, H, W) or (N,)
+    positions: tuple = (1, 1)      # (Ho, Wo) of the bounded layer
+    kernel: tuple = None
+    stride: tuple = (1, 1)
+    padding: tuple = (0, 0)
+    sample: torch.Tensor = None    # (P, U) of rows picked one by one: member * B + sample
+    position: torch.Tensor = None  # (P, U) and their position, 0 <= position < G
+
+    def size(self):
+        """Q, the coefficients of a row."""
+        return math.prod(self.shape if self.kernel is None else (self.shape[0], *self.kernel))
+
+    def below(self, op):
+        """The view of the inputs of op that comes of this view of its outputs."""
+        if self.kernel is None or op.stride is None:
+            return self._replace(shape=op.in_shape, kernel=None)
+        along = zip(self.kernel, op.stride, op.dilation, op.weight.shape[3:])
+        kernel = tuple((K - 1) * s + d * (k - 1) + 1 for K, s, d, k in along)
+        if math.prod(kernel) >= 2 * math.prod(op.in_shape[1:]):
+            return self._replace(shape=op.in_shape, kernel=None)
+        stride = tuple(S * s for S, s in zip(self.stride, op.stride))
+        along = zip(self.padding, op.stride, op.padding)
+        padding = tuple(Q * s + p for Q, s, p in along)
+        return self._replace(shape=op.in_shape, kernel=kernel, stride=stride, padding=padding)
+
+    def cells(self, device):
+        """The cells of the map that each position sees, (G, cells); H*W is padding."""
+        size = self.shape[1:]
+        return seen_cells(size, self.positions, self.kernel, self.stride, self.padding, device)
+
+    def take(self, t):
+        """What the rows see of t (P or 1, B, N): (P, B, G, 1, Q); if picked, (P, U, 1, 1, Q)."""
+        if self.kernel is None:
+            t = t[:, :, None]                                                   # (P, B, 1, N)
+            return (t if self.sample is None else self.pick(t))[..., None, :]
+        cells = self.cells(t.device)
+        t = t.unflatten(-1, (-1, self.shape[0]))
+        t = F.pad(t, (0, 0, 0, 1))                                          # (P, B, H*W + 1, C)
+        if self.sample is not None:
+            at = self.sample[..., None] * t.shape[2] + cells[self.position]   # (P, U, cells)
+            t = t.expand(len(at), -1, -1, -1).flatten(0, 2)
+            return t.index_select(0, at.flatten()).view(*at.shape[:2], 1, 1, -1)
+        t = t.index_select(2, cells.flatten())
+        return t.view(*t.shape[:2], len(cells), 1, -1)
+
+    def pick(self, t):
+        """(P or 1, B, ...) -> (P, U, ...)."""
+        P, U = self.sample.shape
+        return t.expand(P, *t.shape[1:]).flatten(0, 1)[self.sample]
+
+    def spread(self, A, d):
+        """Rows over windows as rows over the map: (P, B, G, R, Q) -> (P, B, 1, G*R, N)."""
+        cells = self.cells(A.device)
+        cells = cells[None, None] if self.sample is None else cells[self.position][:, :, None]
+        A = A.unflatten(-1, (-1, self.shape[0]))
+        A, at = torch.broadcast_tensors(A, cells[..., None, :, None])  # (P, B, G, R, cells, C)
+        *lead, _, C = A.shape
+        zeros = A.new_zeros(*lead, math.prod(self.shape[1:]) + 1, C)           # last: padding
+        A = zeros.scatter(-2, at, A)[..., :-1, :].flatten(-2)
+        d = d.expand(lead).flatten(2)
+        return A.flatten(2, 3).unsqueeze(2), d.unsqueeze(2)
+
+
+@lru_cache(maxsize=64)
+def seen_cells(size, positions, kernel, stride, padding, device):
+    with torch.inference_mode(False):      # the result is kept, and has to serve in training too
+        (H, W), arange = size, partial(torch.arange, device=device)
+        ys, xs = (arange(n)[:, None] * s - p + arange(k)
+                  for n, s, p, k in zip(positions, stride, padding, kernel))
+        ys, xs = ys[:, None, :, None], xs[None, :, None, :]                 # (Ho, 1, kh, 1), ...
+        outside = (ys < 0) | (ys >= H) | (xs < 0) | (xs >= W)
+        cells = (ys * W + xs).masked_fill(outside, H * W)
+        return cells.flatten(2).flatten(0, 1)
+
+
+class Windowed(NamedTuple):
+    """An Op as a step for rows that see its outputs by a view."""
+    op: Op
+    view: View
+
+    def back(self, A, d):
+        below, view = self.view.below(self.op), self.view
+        if view.kernel and below.kernel:
+            return self.op.back(A, d, view.kernel, below.kernel, (0, 0))
+        return self.op.back(*(view.spread(A, d) if view.kernel else (A, d)))
+
+
+def way_down(view, stages, lines, box):
+    """The steps from the box up to stages[-1], whose outputs the rows see by the view; of the lines
+    and the box, (P or 1, B, N) each, they have what the rows see."""
+    steps, below_affine = [], True
+    for ops, line in zip(stages[::-1], [*lines[::-1], None]):
+        for op in reversed(ops):
+            if below_affine and view.padding != (0, 0) and view.kernel:
+                # No ReLU has been in between, so the coefficients on padding are not 0 yet.
+                ones = torch.ones_like(box.lower[..., :1])
+                inside = view.take(ones.expand(-1, -1, math.prod(view.shape)))
+                steps.append(Lines(inside, inside, 0 * inside))
+            steps.append(Windowed(op, view))
+            view, below_affine = view.below(op), True
+        if line is not None:
+            steps.append(Lines(*(view.take(t) for t in line[:3])))
+            below_affine = False
+    return [Box(*(view.take(t) for t in box)), *steps[::-1]]
+
+
+def first_rows(op):
+    """The rows e_j W of a layer, which depend on the weights alone, by their first step down.
+
+    Returns W (P, Gx, O, Q), constants (P, Gx, O), and what W sees: a window, with Gx = 1 row per
+    channel that serves every position; or, if that outgrows the map, all of it, with Gx = G.
+    """
+    if op.stride is None:
+        return op.weight[:, None], op.bias[:, None], View(op.in_shape)
+    O = op.out_shape[0]
+    view = View(op.out_shape, op.out_shape[1:], (1, 1))
+    eye = torch.eye(O).to(op.weight)[None, None, None]
+    W, c = Windowed(op, view).back(eye, eye.new_zeros(1, 1, 1, O))
+    P, *_, Q = W.shape
+    return W.view(P, -1, O, Q), c.view(P, -1, O), view.below(op)
+
+
+def all_rows(stages, lines, box, budget):
+    """Textbook bounds (l, u) of all outputs of stages[-1], (P, B, N) each."""
+    *below, (*others, op) = stages
+    below, (W, c, view) = [*below, others], first_rows(op)
+    P, _, O, Q = W.shape
+    B, G = box.lower.shape[1], math.prod(view.positions)
+    fused = None
+    if can_fuse(below, view):
+        *below, (*others, last), _ = below
+        fused = first_relu(W[:, 0], c[:, 0], view, lines[-1], last)
+        below, lines, view = [*below, others], lines[:-1], view.below(last)
+
+    def start(samples, some):
+        if fused:
+            return fused(samples, some)
+        A, d = (both_signs(t[:, :, some], 2) for t in (W, c))
+        return [(A.view(P, 1, 1, -1, Q), d.view(P, 1, 1, -1))]
+
+    fit, keeps = budget.fit(2 * P * G, sizes_down(view, below), held=2)
+    samples, channels = min(B, fit), min(O, max(1, fit // B))
+    channels -= channels % 8 if channels > 8 else 0     # else products are half as fast
+    starts = range(0, O, channels)
+
+    def jobs():
+        for b in range(0, B, samples):
+            some = slice(b, b + samples)
+            way = way_down(view, below, parts_of(lines, some), *parts_of([box], some))
+            yield from ((some, slice(o, o + channels), way) for o in starts)
+
+    def bound(some, channels, way):
+        low = [quick_bound(A, d, way) for A, d in start(some, channels)]
+        low = torch.cat([t.reshape(*t.shape[:2], G, -1) for t in low], 3)
+        return low.unflatten(3, (2, -1))                                       # (P, b, G, 2, o)
+
+    low, n = budget.run(bound, jobs(), keeps * samples * channels), len(starts)
+    low = [torch.cat(low[i:i + n], 4) for i in range(0, len(low), n)]
+    low, minus_high = torch.cat(low, 1).unbind(3)                              # (P, B, G, O) each
+    return low.flatten(2), -minus_high.flatten(2)
+
+
+def can_fuse(below, view):
+    """Are the next steps a ReLU and a convolution on a window, better as one matrix?"""
+    if len(below) < 2 or below[-1] or not below[-2] or not view.kernel:
+        return False
+    smaller = view.below(below[-2][-1])
+    return smaller.kernel and is_dense(below[-2][-1], smaller.kernel)
+
+
+def both_signs(t, dim):
+    """Rows, and minus the rows: an upper bound of z_j is minus a lower bound of -z_j."""
+    return torch.cat([t, -t], dim)
+
+
+def parts_of(maps, samples):
+    """The same Lines or Boxes for some of the samples."""
+    return [type(each)(*(t[:, samples] for t in each if torch.is_tensor(t))) for each in maps]
+
+
+def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
+    """(l, u) of all outputs of stages[-1], tightened by back-substitution of the neurons that they
+    leave unstable, only those. With steps of ascent, each row chooses its own lower slopes."""
+    unstable = (l < 0) & (u > 0)
+    member, sample, neuron = where = unstable.nonzero(as_tuple=True)
+    if not len(member):
+        return l, u
+    if len(member) > l.numel() / 2 and not ascent:   # picking most rows costs more than all at once
+        low, high = all_rows(stages, lines, box, budget)
+        return (torch.where(unstable, torch.maximum(l, low), l),
+                torch.where(unstable, torch.minimum(u, high), u))
+    *below, (*others, op) = stages
+    below, (W, c, view) = [*below, others], first_rows(op)
+    (P, Gx, O, _), G = W.shape, math.prod(view.positions)
+    # The t-th pick of each member, as tables (P, U); short lists are filled up with zeros.
+    counts = member.bincount(minlength=P)
+    before = counts.cumsum(0) - counts
+    slot = torch.arange(len(member), device=l.device) - before[member]
+    samples, neurons = member.new_zeros(2, P, int(counts.max()))
+    samples[member, slot], neurons[member, slot] = member * l.shape[1] + sample, neuron
+    fit, keeps = budget.fit(2 * P, sizes_down(view, below), held=4)
+    longest, members = samples.shape[1], torch.arange(P, device=l.device)[:, None]
+    U = min(longest, fit)
+
+    def bound(t):
+        position, channel = neurons[:, t:t + U] // O, neurons[:, t:t + U] % O
+        entry = members, position if Gx > 1 else 0, channel
+        picked = view._replace(sample=samples[:, t:t + U], position=position)
+        A, d = (both_signs(t[entry][:, :, None, None], 3) for t in (W, c))  # (P, U, 1, 2, Q)
+        way = way_down(picked, below, lines, box)
+        return best_slopes(A, d, way, ascent, quick_bound)[:, :, 0]
+
+    low = budget.run(bound, [(t,) for t in range(0, longest, U)], keeps * U)
+    low = torch.cat(low, 1)[member, slot]
+    return (l.index_put(where, torch.maximum(l[where], low[:, 0])),
+            u.index_put(where, torch.minimum(u[where], -low[:, 1])))
+
+
+def quick_neurons(stages, box, slope, skip_stable, budget, ascent=0):
+    """neurons with substitute=True; with steps of ascent, as best_where_unstable does it."""
+    bounds, lines, inputs = [], [], box
+    for s, ops in enumerate(stages[:-1]):
+        l, u = inputs
+        exact = not ops or s == 0 and len(ops) == 1
+        if exact or skip_stable:
+            for op in ops:
+                l, u = op.interval(l, u)
+        if not exact and skip_stable:
+            l, u = unstable_rows(l, u, stages[:s + 1], lines, box, budget)
+        elif not exact:
+            l, u = all_rows(stages[:s + 1], lines, box, budget)
+        if not exact and ascent:
+            l, u = unstable_rows(l, u, stages[:s + 1], lines, box, budget, ascent)
+        bounds.append(Box(l, u))
+        lines.append(relax_relu(l, u, slope))
+        inputs = F.relu(l), F.relu(u)
+    return bounds
+
+
+def first_relu(W, c, view, lines, op):
+    """The first two steps of back-substitution, a ReLU and the affine layer op below it, for rows
+    W z + c that all samples and positions share: W (P, O, Q), c (P, O).
+
+    With m and r the mean and half the difference of the two slopes, and t the intercept,
+        a relu(z)  >=  a (m z + t/2) - |a| (r z + t/2)
+        a relu(z)  <=  a (m z + t/2) + |a| (r z + t/2)
+    and z = M h + b. So two products serve for both: of m and r (P, B*G, Q) with what depends on
+    the weights alone, a M and |a| M (P, Q, O*Q'). No sample has coefficients of z of its own.
+
+    Returns a function of slices of samples and of rows: coefficients (P, B, G, O, Q') and
+    constants (P, B, G, O) of lower bounds of the rows, and the same of minus the rows.
+    """
+    M = op.matrix(view.kernel, view.below(op).kernel, (0, 0))                       # (P, Q, Q')
+    b = op.bias.repeat(1, math.prod(view.kernel))[:, None, None]
+    lower, upper, intercept = lines[:3]
+    maps = (lower + upper) / 2, (upper - lower) / 2, intercept / 2
+    mean, half, t = (view.take(each).squeeze(3) for each in maps)                # (P, B, G, Q)
+    sides = (mean, mean * b + t), (half, half * b + t)
+
+    def product(A, slope, constant):
+        AM = (A.mT[..., None] * M[:, :, None]).flatten(2)                      # (P, Q, O*Q')
+        lead = *slope.shape[1:3], A.shape[1]
+        return ((slope.flatten(1, 2) @ AM).view(len(M), *lead, -1),
+                (constant.flatten(1, 2) @ A.mT).view(len(M), *lead))
+
+    def start(samples, some):
+        A = W[:, some]
+        X, x = product(A, *(t[:, samples] for t in sides[0]))
+        Y, y = product(A.abs(), *(t[:, samples] for t in sides[1]))
+        x = x + c[:, None, None, some]
+        minus = (X + Y).neg_(), (x + y).neg_()
+        return [(X - Y, x - y), minus]
+
+    return start
+
+
+# The inner loops of everything. Their backward passes are written out: they go over the rows less
+# often than autograd's, and of all that is as large as A they keep only A.
+
+def quick_bound(A, d, steps, trace=None):
+    """lower_bound."""
+    quick = {Lines: QuickLines, Box: QuickBox}
+    steps = [quick[type(step)](*step) if type(step) in quick else step for step in steps]
+    return lower_bound(A, d, steps, trace)
+
+
+class QuickLines(Lines):
+    def back(self, A, d):
+        A, constant = ThroughLines.apply(A, *self[:3])
+        return A - self.multiplier if torch.is_tensor(self.multiplier) else A, d + constant
+
+
+class QuickBox(Box):
+    def back(self, A, d):
+        return None, d + Minimum.apply(A, *self)
+
+
+class ConvTranspose(torch.autograd.Function):
     """conv_transpose2d to a map of the given size; on a CPU faster, where channels are few."""
 
     @staticmethod
     def forward(ctx, A, weight, size, stride, padding, dilation, groups):
         ctx.save_for_backward(A, weight)
         ctx.options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
-        kernel = tuple(weight.shape[2:])
-        square = kernel[0] == kernel[1] and stride[0] == stride[1] and padding[0] == padding[1]
-        even = not any(n % 2 for n in size)                # so that blocks of 2 x 2 fill it
-        if weight.shape[1] < 4 and square and (stride[0] > 1 or even) and dilation == (1, 1) \
-                and padding[0] < kernel[0]:
-            return _in_blocks(A, weight, size, kernel[0], stride[0], padding[0],
-                              max(stride[0], 2), groups)
-        rest = [(n + 2 * p - d * (k - 1) - 1) % s
-                for n, p, d, k, s in zip(size, padding, dilation, kernel, stride)]
+        kernel = weight.shape[2:]
+        square = all(t[0] == t[1] for t in (kernel, stride, padding))
+        if square and stride[0] > 1 and dilation == (1, 1) and weight.shape[1] < 4:
+            return sub_pixel(A, weight, size, stride[0], padding[0], groups)
+        along = zip(size, stride, padding, dilation, kernel)
+        rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, s, p, d, k in along]
         return F.conv_transpose2d(A, weight, output_padding=rest, **ctx.options)
 
     @staticmethod
     def backward(ctx, g):
-        A, weight = ctx.saved_tensors
-        g = g.permute(0, 2, 3, 1)          # channels last for PyTorch, too, if there is only one
-        g = g.flatten().view(g.shape).permute(0, 3, 1, 2)
-        return (F.conv2d(g, weight, **ctx.options) if ctx.needs_input_grad[0] else None,
-                nn.grad.conv2d_weight(g, weight.shape, A, **ctx.options)
-                if ctx.needs_input_grad[1] else None, *[None] * 5)
+        (A, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
+        g = g.contiguous(memory_format=torch.channels_last)
+        return (F.conv2d(g, weight, **ctx.options) if needs[0] else None,
+                nn.grad.conv2d_weight(g, weight.shape, A, **ctx.options) if needs[1] else None,
+                *[None] * 5)
 
 
-def _in_blocks(A, weight, size, k, s, p, r, groups):
-    """conv_transpose2d of kernel k, stride s, padding p, whose output is made in blocks of r x r: a
-    convolution of stride r/s with r*r times the channels (r = s: Shi et al. 2016, "sub-pixel").
+def sub_pixel(A, weight, size, s, p, groups):
+    """conv_transpose2d of stride s as a convolution to s*s times the channels, which are blocks of
+    s x s outputs (Shi et al. 2016, "sub-pixel").
 
-    Output y gets input i times weight[y + p - s i]. Blocks begin at -(p % s); block Y has outputs
-    y = r Y + a - p % s and sees inputs i = r/s Y + t + p//s - m, where m = (k-1)//s. So the tap is
-    weight[a + s (m - t)].
+    Output y gets input i times weight[y + p - s i]. Blocks begin at -p; block Y has the outputs
+    s Y + a - p and sees inputs Y + t - m, where m = (k-1)//s. So the tap is weight[a + s (m - t)].
     """
+    k = weight.shape[2]
     m = (k - 1) // s
-    a, t = (torch.arange(n, device=A.device) for n in (r, r // s + m))
-    tap = a[:, None] + s * (m - t)
-    tap = tap.clamp(max=k).masked_fill(tap < 0, k)                                     # k: nothing
+    t = torch.arange(m + 1, device=A.device)
+    a = torch.arange(s, device=A.device)[:, None]
+    tap = (a + s * (m - t)).clamp(max=k)                                               # k: nothing
     W = F.pad(weight, (0, 1, 0, 1))[..., tap[:, None, :, None], tap[:, None]]
-    W = W.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1, 5, 6)      # (groups, a, b, C, O, t, t)
-    A = F.conv2d(A, W.flatten(0, 3), stride=r // s, padding=m - p // s, groups=groups)
-    A = A.unflatten(1, (groups, r, r, -1)).permute(0, 5, 2, 6, 3, 1, 4)
-    A = A.flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)  # (M, groups*C, r Y, r X)
-    bottom, right = (n + p % s - made for n, made in zip(size, A.shape[2:]))
-    return F.pad(A, (-(p % s), right, -(p % s), bottom))
+    W = W.unflatten(0, (groups, -1))                                   # (groups, O, C, a, b, t, t)
+    W = W.permute(0, 3, 4, 2, 1, 5, 6).flatten(0, 3)
+    A = F.conv2d(A, W, padding=m, groups=groups)
+    A = A.unflatten(1, (groups, s, s, -1)).permute(0, 5, 2, 6, 3, 1, 4)
+    A = A.flatten(5, 6).flatten(3, 4).flatten(1, 2)                       # (M, s Y, s X, groups*C)
+    below, right = (n + p - made for n, made in zip(size, A.shape[1:3]))
+    A = F.pad(A, (0, 0, -p, right, -p, below))
+    return A.permute(0, 3, 1, 2)
 
 
-def _negative(A):
-    """A- = min(A, 0): as clamp(max=0), whose backward pass is ten times as slow on a CPU."""
-    return F.hardtanh(A, -torch.inf, 0.0)
-
-
-def _through_negative(grad, A):
-    """The gradient of A-, times grad."""
-    return torch.ops.aten.hardtanh_backward(grad, A.expand_as(grad), -torch.inf, 0.0)
-
-
-# The inner loops of everything. Their backward passes are written out: they go over the rows less
-# often than autograd's, and of all that is as large as A they keep only A.
-
-class _Lines(torch.autograd.Function):
-    """A+ lower + A- upper (P, B, G, R, F) and A- . intercept (P, B, G, R), where A = A+ + A-."""
+class ThroughLines(torch.autograd.Function):
+    """A+ lower + A- upper (..., R, Q) and A- . intercept (..., R), where A = A+ + A-."""
 
     @staticmethod
     def forward(ctx, A, lower, upper, intercept):
         ctx.save_for_backward(A, lower, upper, intercept)
-        negative = _negative(A)
-        return torch.addcmul(A * lower, negative, upper - lower), _dot(negative, intercept)
+        negative = minus(A)
+        constant = (negative @ intercept.mT).squeeze(-1)
+        return torch.addcmul(A * lower, negative, upper - lower), constant
 
     @staticmethod
     def backward(ctx, g, h):
@@ -1009,120 +1299,59 @@ class _Lines(torch.autograd.Function):
         grads = [None] * 4
         if need[0]:
             grad = (g * (upper - lower)).addcmul_(h[..., None], intercept)
-            grads[0] = _through_negative(grad, A).addcmul_(g, lower).sum_to_size(A.shape)
+            grads[0] = through_minus(grad, A).addcmul_(g, lower).sum_to_size(A.shape)
         if need[1]:
             grads[1] = (g * F.relu(A)).sum_to_size(lower.shape)
         if need[2] or need[3]:
-            negative = _negative(A)
+            negative = minus(A)
             grads[2] = (g * negative).sum_to_size(upper.shape)
             grads[3] = (h[..., None, :] @ negative).sum_to_size(intercept.shape)
         return tuple(grads)
 
 
-class _Minimum(torch.autograd.Function):
-    """A+ . lower + A- . upper, (P, B, G, R)."""
+class Minimum(torch.autograd.Function):
+    """A+ . lower + A- . upper, (..., R)."""
 
     @staticmethod
     def forward(ctx, A, lower, upper):
         ctx.save_for_backward(A, lower, upper)
-        return (A @ lower.mT + _negative(A) @ (upper - lower).mT).squeeze(-1)
+        return (A @ lower.mT + minus(A) @ (upper - lower).mT).squeeze(-1)
 
     @staticmethod
     def backward(ctx, g):
         A, lower, upper = ctx.saved_tensors
         grads, column, row = [None] * 3, g[..., None], g[..., None, :]
         if ctx.needs_input_grad[0]:
-            grad = _through_negative(column * (upper - lower), A)
+            grad = through_minus(column * (upper - lower), A)
             grads[0] = grad.addcmul_(column, lower).sum_to_size(A.shape)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grads[1] = (row @ F.relu(A)).sum_to_size(lower.shape)
-            grads[2] = (row @ _negative(A)).sum_to_size(upper.shape)
+            grads[2] = (row @ minus(A)).sum_to_size(upper.shape)
         return tuple(grads)
 
 
-class _Dot(torch.autograd.Function):
-    """(A @ v.mT).squeeze(-1), whose own backward pass loops over samples on a CPU."""
-
-    @staticmethod
-    def forward(ctx, A, v):
-        ctx.save_for_backward(A, v)
-        return (A @ v.mT).squeeze(-1)
-
-    @staticmethod
-    def backward(ctx, g):
-        A, v = ctx.saved_tensors
-        return ((g[..., None] * v).sum_to_size(A.shape) if ctx.needs_input_grad[0] else None,
-                (g[..., None, :] @ A).sum_to_size(v.shape) if ctx.needs_input_grad[1] else None)
+def minus(A):
+    """A- = min(A, 0): as clamp(max=0), whose backward pass is three times as slow on a CPU."""
+    return F.hardtanh(A, -torch.inf, 0.0)
 
 
-def _dot(A, v):
-    """(P, B, G, R, F) . (P, B, G, 1, F) -> (P, B, G, R); one matrix product if all share A."""
-    if A.shape[1:3] == (1, 1):
-        return (v.flatten(1, 3) @ A[:, 0, 0].mT).view(-1, *v.shape[1:3], A.shape[3])
-    return _Dot.apply(A, v)
+def through_minus(grad, A):
+    """The gradient of A-, times grad."""
+    return torch.ops.aten.hardtanh_backward(grad, A.expand_as(grad), -torch.inf, 0.0)
 
 
-def _first_relu(W, c, window, rows, relu, op):
-    """The first two steps of back-substitution, a ReLU and the affine layer op below it, for rows
-    W z + c that all samples and positions share: W (P, O, F), c (P, O).
-
-    With m and r the mean and half the difference of the two slopes, and t the intercept,
-        a relu(z)  >=  a (m z + t/2) - |a| (r z + t/2)
-        a relu(z)  <=  a (m z + t/2) + |a| (r z + t/2)
-    and z = M h + b. So two products serve for both: of m and r (P, B*G, F) with what depends on
-    the weights alone, a M and |a| M (P, F, O*F'). No sample has coefficients of z of its own.
-
-    Returns a function of slices of samples and of rows: coefficients (P, B, G, 2O, F') and
-    constants (P, B, G, 2O) of the lower bounds of the rows, and of minus the rows.
-    """
-    M, b = _matrix(op, window), _bias(op, window)[:, None, None]
-    lower, upper, intercept = relu
-    mean, half, t = (_take(map, window, op.out_shape, rows)[..., 0, :]
-                     for map in ((lower + upper) / 2, (upper - lower) / 2, intercept / 2))
-    sides = (mean, mean * b + t), (half, half * b + t)                         # (P, B, G, F) each
-
-    def product(A, slope, constant):
-        AM = (A.mT[..., None] * M[:, :, None]).flatten(2)                      # (P, F, O*F')
-        lead = *slope.shape[1:3], A.shape[1]
-        return ((slope.flatten(1, 2) @ AM).view(len(M), *lead, -1),
-                (constant.flatten(1, 2) @ A.mT).view(len(M), *lead))
-
-    def start(samples, some):
-        A = W[:, some]
-        (X, x), (Y, y) = (product(a, *(t[:, samples] for t in side))
-                          for a, side in zip((A, A.abs()), sides))
-        x = x + c[:, None, None, some]
-        return _Sides.apply(X, Y), torch.cat([x - y, -x - y], 3)
-
-    return start
+# Rows are bounded in passes. The most coefficients at once in one, where more are no faster; and
+# the memory that the passes of a call may hold, by default, in bytes (on a GPU: half of it).
+CHUNK = {"cpu": 2 ** 23, "cuda": 2 ** 27, "mps": 2 ** 27}
+MEMORY = {"cpu": 2 ** 31, "mps": 2 ** 32}
 
 
-class _Sides(torch.autograd.Function):
-    """X - Y and -X - Y, one after the other along R: the rows, and minus the rows."""
-
-    @staticmethod
-    def forward(ctx, X, Y):
-        R = X.shape[3]
-        both = X.new_empty(*X.shape[:3], 2 * R, *X.shape[4:])
-        torch.sub(X, Y, out=both[:, :, :, :R])
-        torch.add(X, Y, out=both[:, :, :, R:]).neg_()
-        return both
-
-    @staticmethod
-    def backward(ctx, g):
-        a, b = g.chunk(2, 3)
-        return a - b, (a + b).neg_()
-
-
-def _sizes(window, shape, ops):
-    """The numbers of coefficients that one row holds, one after another, going down through ops."""
-    sizes = []
-    for op in [*reversed(ops), None]:
-        kernel = shape[1:] if window is None else window.kernel
-        size = shape[0] * torch.Size(kernel).numel()
-        sizes.append(size if window is None else size + -size % 16)            # as _padded
-        if op is not None:
-            window, shape = _below(window, op), op.in_shape
+def sizes_down(view, stages):
+    """The numbers of coefficients that one row holds, one after another, going down the stages."""
+    sizes = [view.size()]
+    for op in reversed([op for ops in stages for op in ops]):
+        view = view.below(op)
+        sizes.append(view.size())
     return sizes
 
 
@@ -1150,17 +1379,13 @@ class Budget:
         works = keeps + 3 * rows * max(sizes) * self.number            # 3: what backward adds
         return max(1, min(self.chunk // (rows * max(sizes)), self.at_work // works)), keeps
 
-    def spend(self, cost):
-        """May so many bytes be kept for backward? Where there is none, nothing is kept."""
-        if not torch.is_grad_enabled():
-            return True
-        fits = cost <= self.left
-        self.left -= cost if fits else 0
-        return fits
-
     def run(self, bound, jobs, cost):
         """bound(*job) of all jobs, one after another. Those that the budget does not let keep what
         backward needs, cost bytes each, compute it again there: a third more time."""
-        return [bound(*job) if self.spend(cost) else
-                checkpoint(bound, *job, use_reentrant=False, preserve_rng_state=False)
-                for job in jobs]
+        found = []
+        for job in jobs:
+            kept = not torch.is_grad_enabled() or cost <= self.left
+            self.left -= cost if kept else 0
+            found.append(bound(*job) if kept else checkpoint(
+                bound, *job, use_reentrant=False, preserve_rng_state=False))
+        return found
