@@ -3,24 +3,10 @@
 Oracles are independent of the code under test: hand-computed numbers, brute force, closed forms,
 finite differences, or slow_bounds below, a DeepPoly that anybody can check line by line.
 """
-import errno
-import gzip
-import hashlib
-import http.server
-import io
 import json
 import math
-import os
 import re
-import resource
 import signal
-import socket
-import subprocess
-import sys
-import tarfile
-import threading
-import time
-import zipfile
 from copy import deepcopy
 from pathlib import Path
 
@@ -33,6 +19,8 @@ import certify
 import gls
 import relaxations
 import train
+from plumbing.for_tests import QUICK, QUICK_RUN, command, fuzz, npz, stop_at
+from plumbing.runs import LOG
 from relaxations import margin_lower_bounds, preactivation_bounds
 
 torch.set_num_threads(1)     # tiny networks: a second thread only spins
@@ -1038,9 +1026,6 @@ def test_certified_margin_decides_close_calls_in_float64():
     assert train.certified_margin(net, x, y, 0.01, "deeppoly")[0] == exact[0].float()
 
 
-# ------------------------------------------------------------------------------------ files of data
-
-
 # -------------------------------------------------------------------------------- the command lines
 
 
@@ -1055,7 +1040,7 @@ def test_train_then_certify_finds_the_same_numbers(tmp_path, capsys, relax, opt)
     assert f"python certify.py {run}" in printed and set(p.name for p in run.iterdir()) == {
         "config.json", "log.csv", "checkpoint.pt"}
     lines = (run / "log.csv").read_text().splitlines()
-    assert lines[0].split(",") == list(train.LOG) and len(lines) == 2
+    assert lines[0].split(",") == list(LOG) and len(lines) == 2
     assert json.loads((run / "config.json").read_text())["relax"] == relax
     assert command(certify.main, run, "--stages", *RELAXATIONS, "--restarts", 3) == 0
     again = capsys.readouterr().out
@@ -1495,12 +1480,6 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path, capsys):
     assert train.load_run(tmp_path / "run")                            # the one before it is whole
 
 
-# --------------------------------------------------------------------- runs that stop and go on
-
-
-# --------------------------------------------------------------------------------- many processes
-
-
 # ------------------------------------------------------------------------------------- self-check
 
 def test_the_self_check_finds_planted_errors(monkeypatch, capsys):
@@ -1548,8 +1527,6 @@ def test_no_certificate_in_float32_is_contradicted_in_float64():
                     cases += 1
     assert cases > 1000 and sum(a == b for a, b in signs) > 0.9 * cases
 
-
-# --------------------------------------------------------------------------------- hostile files
 
 
 def test_fuzzed_verdicts(tmp_path):
