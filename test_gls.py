@@ -20,6 +20,7 @@ import gls
 import relaxations
 import train
 from plumbing.for_tests import QUICK, QUICK_RUN, command, fuzz, npz, stop_at
+from plumbing.processes import members_at_once
 from plumbing.runs import LOG
 from relaxations import margin_lower_bounds, preactivation_bounds
 
@@ -761,8 +762,8 @@ def test_members_run_at_once_change_rounding_only(tmp_path):
         for other, _, _ in others:
             for a, b in zip(auto.parameters(), other.parameters()):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    assert train.members_at_once(auto, config | dict(batch_size=10 ** 4)) == 1
-    assert train.members_at_once(auto, config | dict(batch_size=10 ** 4, device="cuda")) == 16
+    assert members_at_once(auto, config | dict(batch_size=10 ** 4)) == 1
+    assert members_at_once(auto, config | dict(batch_size=10 ** 4, device="cuda")) == 16
 
 
 def test_estimators_touch_nobody_elses_gradient():
