@@ -75,6 +75,8 @@ def load_dataset(name, data_dir="data"):
     Raises InputError for anything missing, damaged or out of range.
     """
     data_dir, kind = Path(data_dir), dataset_kind(name)
+    if kind in ("mnist", "cifar10") and not data_dir.is_dir() and data_dir != Path("data"):
+        raise InputError(f"--data-dir {data_dir}: no such folder; for a download, make it first")
     if kind == "digits":
         table = np.loadtxt(Path(__file__).parent.parent / "data" / "digits.csv.gz", delimiter=",")
         x, y = (table[:, :-1] / 16).reshape(-1, 1, 8, 8), table[:, -1].astype(int)

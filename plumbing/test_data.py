@@ -189,14 +189,28 @@ def test_download_tries_mirrors_and_checks_what_came(tmp_path, server, monkeypat
             for n in MNIST_FILES}
     monkeypatch.setattr("plumbing.data.MNIST_FILES", sums)
     target = tmp_path / "data"
+    target.mkdir()
     assert len(train.load_dataset("mnist", target).x_train) == 20
     names = sorted(p.name for p in target.rglob("*") if p.is_file())
     assert names == sorted(n + ".gz" for n in sums)
     monkeypatch.setattr("plumbing.data.MNIST_MIRRORS", (url + "damaged/", "http://127.0.0.1:1/"))
+    (tmp_path / "other").mkdir()
     with pytest.raises(InputError) as error:
         train.load_dataset("mnist", tmp_path / "other")
     assert "wrong checksum" in str(error.value) and "Put the four files" in str(error.value)
     assert not [p for p in (tmp_path / "other").rglob("*") if p.is_file()]     # nothing left behind
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_a_typo_in_data_dir_makes_no_folder_and_the_default_is_made(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("plumbing.data.MNIST_MIRRORS", ("http://127.0.0.1:1/",))
+    monkeypatch.setattr("plumbing.data.CIFAR_MIRRORS", ("http://127.0.0.1:1/",))
+    with pytest.raises(InputError, match="--data-dir dta: no such folder"):
+        train.load_dataset(name, "dta")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="could not be downloaded"):
+        train.load_dataset(name)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

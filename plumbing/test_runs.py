@@ -1,10 +1,13 @@
 """Run folders: whole at any moment, one run's own, and a run goes on as if it had never stopped."""
 import errno
 import io
+import json
 import os
 import re
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 import certify
 import train
 from plumbing import runs
+from plumbing.console import InputError
 from plumbing.for_tests import QUICK, command, fake_cifar, fuzz, npz, stop_at, weights
 
 
@@ -186,3 +190,39 @@ def test_fuzzed_checkpoint(tmp_path):
 def test_readme_explains_every_column_of_the_log():
     readme = (Path(train.__file__).parent / "README.md").read_text()
     assert re.findall(r"^\| `(\w+)` \|", readme, re.M) == list(runs.LOG)
+
+
+@pytest.mark.parametrize("out", [None, "runs/same"])
+def test_simultaneous_starts_never_share_a_folder(tmp_path, monkeypatch, out):
+    """Of eight at the same moment, each has a folder of its own; with --out, one has it."""
+    monkeypatch.chdir(tmp_path)
+    net, start = torch.nn.Linear(1, 1), threading.Barrier(8)
+    def begin(number, turn):
+        config = dict(out=out and f"{out}-{turn}", dataset="digits", net="n", relax=f"r{turn}",
+                      opt="o", number=number)
+        start.wait()
+        try:
+            with runs.new_folder(config, net):
+                folder = Path(config["out"])
+                found = json.loads((folder / "config.json").read_text())
+                start.wait()                    # until all have one, or have been refused
+                return str(folder), found["number"] == number
+        except InputError as e:
+            assert "in use" in str(e) or "exists already" in str(e)
+            start.wait()
+            return None, True
+    for turn in range(25):
+        with ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(begin, range(8), [turn] * 8))
+        folders = [folder for folder, _ in results if folder]
+        assert all(own for _, own in results) and len(set(folders)) == len(folders)
+        assert len(folders) == (1 if out else 8)
+
+
+def test_a_run_is_also_named_by_its_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(train.main, "--out", "run", *QUICK) == 0
+    table = capsys.readouterr().out.splitlines()[-7:]
+    assert command(train.main, "--resume", "run/checkpoint.pt") == 0
+    assert capsys.readouterr().out.splitlines()[-7:] == table
+    assert train.load_run("run/checkpoint.pt")[1]["out"] == "run"
