@@ -53,11 +53,15 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.func import jacrev
 
+from plumbing.console import (InputError, Parser, Progress, count, duration, number, pick_device,
+                              run)
+from plumbing.data import hold_out, load_dataset
+from plumbing.processes import process_group, ranks
+from plumbing.rounding import ball, in_float64
+from plumbing.runs import checksum, claim
 from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
-from train import (CERTIFY, CLOSE, InputError, Parser, Progress, attack, ball, certified_margin,
-                   checksum, claim, count, duration, forward_margin, hold_out, in_float64,
-                   load_dataset, load_run, number, pick_device, process_group, ranks, run, smallest)
+from train import CERTIFY, CLOSE, attack, certified_margin, forward_margin, load_run, smallest
 
 
 STATUSES = ("misclassified", "attacked", "certified", "unknown")

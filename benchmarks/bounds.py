@@ -37,6 +37,8 @@ import torch
 import common                                       # first: it puts the checkout on the path
 import relaxations
 import train
+from plumbing.console import keep_memory
+from plumbing.data import CIFAR_STATISTICS
 
 os.environ["PYTHONWARNINGS"] = "ignore"              # torch.jit.script in auto_LiRPA
 warnings.simplefilter("ignore")
@@ -74,7 +76,7 @@ def problem(case, state, data_dir, device):
     data = train.load_dataset(dataset, data_dir)
     if state == "init":
         torch.manual_seed(0)
-        statistics = train.CIFAR_STATISTICS if dataset == "cifar10" else None
+        statistics = CIFAR_STATISTICS if dataset == "cifar10" else None
         net = train.build_network(name, data.x_test.shape[1:], data.classes, statistics=statistics)
     else:
         net, *_ = train.load_run(run_folder(case, state, data_dir))
@@ -135,7 +137,7 @@ def prepare_peak(case, state, data_dir, device, row, mode, run):
 def try_mode(case, row, data_dir, device, mode, keep):
     """Seconds of auto_LiRPA in one of its modes, on 2 images, of untrained weights."""
     if keep:
-        train.keep_memory()
+        keep_memory()
     task = few(problem(case, "init", data_dir, device), 2)
     call = (with_gradient if case != "cnn7" else forward)(*sides(task, row, mode))
     return min(common.seconds(call, device) for _ in range(2))
@@ -254,7 +256,7 @@ def main():
     p.add_argument("--fresh-memory", action="store_true", help="leave the allocator as it is")
     args = p.parse_args()
     if not args.fresh_memory:
-        train.keep_memory()
+        keep_memory()
     common.limit_memory(args.device)
     if args.profile:
         for case, state, row in product(args.cases, args.states, args.rows):

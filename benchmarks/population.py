@@ -18,6 +18,8 @@ import torch
 import common                                       # first: it puts the checkout on the path
 import gls
 import train
+from plumbing.console import keep_memory
+from plumbing.processes import members_at_once
 
 RADIUS = {"digits": 0.1, "mnist": 0.1, "cifar10": 2 / 255}
 SIGMA = 0.01
@@ -31,7 +33,7 @@ def problem(dataset, net, relax, batch, data_dir, device):
     x, y = (t[:batch].to(device) for t in (data.x_train, data.y_train))
     loss = train.robust_loss(net, x, y, RADIUS[dataset], relax, regularize=0.5, skip_stable=True)
     config = dict(device=device, relax=relax, batch_size=batch, input_shape=x.shape[1:])
-    members = train.members_at_once(net, config)
+    members = members_at_once(net, config)
     return loss, torch.nn.utils.parameters_to_vector(net.parameters()).detach(), members
 
 
@@ -120,7 +122,7 @@ def main():
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", help="a JSON file")
     args = p.parse_args()
-    train.keep_memory()
+    keep_memory()
     results = []
     for part in args.parts:
         {"population": population, "steps": steps, "growth": growth}[part](args, results)

@@ -13,9 +13,12 @@ import time
 from statistics import median
 
 import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import common                                       # first: it puts the checkout on the path
 import train
+from plumbing.console import keep_memory
+from plumbing.processes import process_group
 
 CASES = {
     "digits cnn3, PGPE, box, 64": "--relax box --opt pgpe --members 8",
@@ -33,21 +36,21 @@ def steps(rank, world, threads, port, words, data_dir, count, queue):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
                       MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(threads)
-    train.keep_memory()
+    keep_memory()
     config, device = train.parse_config(words.split()), torch.device("cpu")
     data = train.load_dataset(config["dataset"], data_dir)
     x, y = (t[:config["batch_size"]] for t in (data.x_train, data.y_train))
     torch.manual_seed(0)
     net = train.build_network(config["net"], x.shape[1:], data.classes)
-    theta = train.parameters_to_vector(net.parameters()).detach().clone()
-    train.vector_to_parameters(theta, net.parameters())
+    theta = parameters_to_vector(net.parameters()).detach().clone()
+    vector_to_parameters(theta, net.parameters())
     optimizer, noise = torch.optim.Adam([theta], lr=1e-4), torch.Generator().manual_seed(0)
     seconds = []
-    with train.process_group(device):
+    with process_group(device):
         for _ in range(count + 1):
             begun = time.perf_counter()
             train.take_step(net, theta, optimizer, torch.tensor(0.01), x, y, config["eps"], config,
-                            noise, "", [])
+                            noise=noise)
             seconds.append(time.perf_counter() - begun)
     if rank == 0:
         queue.put((median(seconds[1:]), len(theta), config))

@@ -109,7 +109,7 @@ def trained(relax="deeppoly", opt="grad", seed=0, **other):
 
 def loss_of(net, x, y, relax):
     return train.robust_loss(net, x, y, experiments.TABLES["digits"]["eps"], relax,
-                             skip_stable=train.COMMON["skip_stable"])
+                             skip_stable=train.SETTINGS["skip_stable"].default)
 
 
 def figure_2():

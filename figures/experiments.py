@@ -38,6 +38,7 @@ import torch                                                                    
 
 import certify                                                                     # noqa: E402
 import train                                                                       # noqa: E402
+from plumbing.console import duration, keep_memory                                 # noqa: E402
 
 RESULTS, RUNS = ROOT / "results", ROOT / "runs" / "experiments"
 
@@ -277,7 +278,7 @@ def train_cell(words, data_dir):
 def run_cell(words, certify_words, data_dir):
     """Train and certify one cell; returns what is known of it then."""
     torch.set_num_threads(1)
-    train.keep_memory()
+    keep_memory()
     try:
         folder = train_cell(words, data_dir)
     except FloatingPointError as e:
@@ -337,7 +338,7 @@ def run(name, file, cells, table, args, tuning=False):
             left = (time.time() - begun) / (i + 1) * (len(jobs) - i - 1)
             print(f"{i + 1}/{len(jobs)}  {'/'.join(method)} seed {seed}: "
                   + (cell.get("failed") or f"natural {cell['natural']}, certified "
-                     f"{cell['certified']} of {cell['n']}") + f"  {train.duration(left)} left",
+                     f"{cell['certified']} of {cell['n']}") + f"  {duration(left)} left",
                   flush=True)
 
 

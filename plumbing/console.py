@@ -1,0 +1,240 @@
+"""The command line: settings and their parser, one-line errors, progress, the machine's devices."""
+import argparse
+import ctypes
+import math
+import os
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class InputError(ValueError, argparse.ArgumentTypeError):
+    """Something the user gave cannot be used; the message names it and the mend. (The second base
+    class makes argparse show it as it is, after the name of the option.)"""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop; everything is saved. args: its number, and how to go on."""
+
+
+# --------------------------------------------------------------------------------------- settings
+
+class Setting(NamedTuple):
+    """One option of a command line.
+
+    default: a value, {key: value} where it depends on another setting, or None.
+    limits: an argument type such as number and count make, a tuple of choices, bool for a switch,
+    or [type] for any number of values.
+    meaning: the line of help; where default is None it says what happens then.
+    source: where the default is from.
+    """
+    default: object
+    limits: object
+    meaning: str
+    source: str = ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line; options are written out, so that a new one never changes an old line."""
+
+    def __init__(self, *args, allow_abbrev=False, **options):
+        super().__init__(*args, allow_abbrev=allow_abbrev, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parser_of(settings, prog, description):
+    """A Parser with an option for each of {name: Setting}. What it returns holds what was given
+    only: the rest is for defaults to fill in."""
+    parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
+    for name, setting in settings.items():
+        default = shown(setting.default)
+        text = setting.meaning + (f"; default: {default}" if default else "")
+        option = dict(help=text.replace("%", "%%"))
+        if setting.limits is bool:
+            option["action"] = argparse.BooleanOptionalAction
+        elif isinstance(setting.limits, tuple):
+            option["choices"] = setting.limits
+        elif isinstance(setting.limits, list):
+            option |= dict(type=setting.limits[0], nargs="*")
+        else:
+            option["type"] = setting.limits
+        parser.add_argument("--" + name.replace("_", "-"), **option)
+    return parser
+
+
+def defaults(settings, *keys):
+    """{name: value}; where a default depends on another setting, that of the first key it has."""
+    values = {}
+    for name, setting in settings.items():
+        value = setting.default
+        if isinstance(value, dict):
+            value = value[next(key for key in keys if key in value)]
+        values[name] = float(value) if isinstance(value, Fraction) else value
+    return values
+
+
+def shown(default):
+    """A default as the help shows it: "0.1 (digits), 2/255 (cifar10)"."""
+    if isinstance(default, dict):
+        return ", ".join(f"{shown(value)} ({key})" for key, value in default.items())
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if isinstance(default, list):
+        return " ".join(map(shown, default))
+    return "" if default is None else str(default)
+
+
+def refuse_others(parser, given, option, *allowed):
+    """With this option, only those allowed may be given: a run keeps its settings."""
+    others = sorted(given.keys() - {option, *allowed})
+    if others:
+        names = ", ".join("--" + name.replace("_", "-") for name in others)
+        parser.error(f"argument --{option}: a run keeps its settings; leave out {names}")
+
+
+def number(low, high=math.inf, open_low=False):
+    """An argument type: a number or fraction ("8/255") within limits."""
+    limits = f"{'>' if open_low else '>='} {low:g}"
+    if high < math.inf:
+        limits += f" and <= {high:g}"
+
+    def parse(text):
+        try:
+            value = float(Fraction(text)) if "/" in text else float(text)
+        except (ValueError, ZeroDivisionError):
+            value = math.nan
+        above = low < value if open_low else low <= value
+        if not above or not value <= high or math.isinf(value):
+            raise InputError(
+                f"{text!r} has to be a number {limits}, such as 0.1 or 2/255")
+        return value
+    return parse
+
+
+unit = number(0, 1)                          # [0, 1]
+positive_unit = number(0, 1, open_low=True)
+positive = number(0, open_low=True)
+not_negative = number(0)
+
+
+def count(low, high=10 ** 9):
+    """An argument type: a whole number within limits."""
+    def parse(text):
+        if not text.lstrip("-").isdigit() or not low <= int(text) <= high:
+            raise InputError(f"{text!r} has to be a whole number >= {low}")
+        return int(text)
+    return parse
+
+
+# --------------------------------------------------------------------------------------- printing
+
+class Progress:
+    """One line that rewrites itself on a terminal; elsewhere a line at most every few seconds."""
+
+    def __init__(self, every=10.0):
+        self.terminal, self.last = sys.stdout.isatty(), 0.0
+        self.every = 0.2 if self.terminal else every
+
+    def __call__(self, line, force=False):
+        if force or time.time() - self.last >= self.every:
+            print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n",
+                  flush=True)
+            self.last = time.time()
+
+    def done(self, line):
+        print(f"\r{line}\033[K" if self.terminal else line, flush=True)
+
+
+def header(config, data, net):
+    """What is about to be trained, as lines of text."""
+    parameters = sum(p.numel() for p in net.parameters())
+    n, n_test = len(data.x_train[:config["subset"]]), len(data.x_test[:config["test_subset"]])
+    return (f"{Path(config['dataset']).stem}: {n} training and {n_test} test images "
+            f"{tuple(config['input_shape'])}, {data.classes} classes\n"
+            f"{config['net']}: {parameters} parameters; {config['relax']} bounds, {config['opt']}; "
+            f"eps {config['eps_train']:.4g} in training, {config['eps']:.4g} in the test; "
+            f"{config['device']}")
+
+
+def show_training(rows, config, show):
+    """The end of the log in one line, and a warning if nothing was learnt."""
+    last, guessing = rows[-1], math.log(config["classes"])
+    show.done(f"trained {len(rows)} epochs in {duration(last['seconds'])}: loss "
+              f"{last['loss']:.4f}, {100 * last['certified']:.1f} % certified in training")
+    if config["ramp"] < config["epochs"] and last["loss"] > 0.98 * guessing:
+        print(f"warning: the loss is that of guessing, ln {config['classes']} = {guessing:.3f}; "
+              "try a longer --ramp, a smaller --eps-train or --lr, or --relax box",
+              file=sys.stderr)
+
+
+TITLES = {"natural": "natural accuracy", "attack": "under attack (PGD)",
+          "box": "certified by box (IBP)", "crown-ibp": "certified by CROWN-IBP",
+          "deeppoly": "certified by DeepPoly", "best": "certified by the best of them"}
+
+
+def table(result):
+    """An evaluation {name: (n,) bool} as lines of text."""
+    n = len(result["natural"])
+    return [f"  {TITLES[k]:32}{100 * v.float().mean():6.2f} %   {int(v.sum())}/{n}"
+            for k, v in result.items()]
+
+
+def duration(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+# ------------------------------------------------------------------------------------ the machine
+
+def pick_device(name):
+    """The torch.device of --device; with CUDA, this process's own."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "cuda" and not cuda:
+        raise InputError("--device cuda: this PyTorch finds no CUDA GPU; use --device cpu, or auto")
+    if name == "mps" and not mps:
+        raise InputError("--device mps: this PyTorch finds no Apple GPU; use --device cpu, or auto")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+def keep_memory():
+    """Tell glibc's malloc to keep freed memory instead of handing it back to the system.
+
+    A step frees and allocates the same megabytes again and again, and each fresh page costs a
+    fault: about a third of a DeepPoly step on a CPU. No effect with another C library.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    # M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never), M_TOP_PAD
+    for option, value in ((-4, 0), (-1, -1), (-2, 2 ** 26)):
+        mallopt(option, value)
+
+
+def run(main):
+    """Run a command line: whatever the user can mend is one line on stderr and exit status 2."""
+    keep_memory()
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as e:
+        print(f"stopped: {e}", file=sys.stderr)
+        sys.exit(1)
+    except Interrupted as e:
+        number, how = e.args
+        print(f"\ninterrupted and saved; {how}", file=sys.stderr)
+        sys.exit(128 + number)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the run folder is complete up to the last epoch or verdict",
+              file=sys.stderr)
+        sys.exit(130)

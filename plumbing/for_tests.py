@@ -1,0 +1,153 @@
+"""What the tests share: command lines in this process, small fake data files, damaged ones."""
+import gzip
+import io
+import os
+import socket
+import tarfile
+
+import numpy as np
+import torch
+
+import train
+from plumbing.console import InputError, run
+from plumbing.data import CIFAR_FILE, MNIST_FILES
+
+
+def idx(images, magic):
+    sizes = np.array([magic, *images.shape], ">i4").tobytes()
+    return sizes + images.astype(np.uint8).tobytes()
+
+
+def fake_mnist(folder, zipped):
+    rng, content = np.random.default_rng(0), {}
+    for name in MNIST_FILES:
+        n = 20 if "train" in name else 10
+        array = rng.integers(0, 256, (n, 28, 28)) if "images" in name else rng.integers(0, 10, n)
+        content[name] = idx(array, 0x803 if "images" in name else 0x801)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / (name + ".gz" * zipped)
+        path.write_bytes(gzip.compress(content[name]) if zipped else content[name])
+    return content
+
+
+def fake_cifar(folder, zipped, n=3):
+    rng, files = np.random.default_rng(0), {}
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        records = rng.integers(0, 256, (n, 3073)).astype(np.uint8)
+        records[:, 0] %= 10
+        files[name] = records.tobytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    if zipped:
+        with tarfile.open(folder / CIFAR_FILE, "w:gz") as tar:
+            for name, b in files.items():
+                info = tarfile.TarInfo("cifar-10-batches-bin/" + name)
+                info.size = len(b)
+                tar.addfile(info, io.BytesIO(b))
+    else:
+        (folder / "cifar-10-batches-bin").mkdir()
+        for name, b in files.items():
+            (folder / "cifar-10-batches-bin" / name).write_bytes(b)
+    return files
+
+
+def npz(path, **change):
+    rng = np.random.default_rng(0)
+    arrays = dict(x_train=rng.integers(0, 256, (12, 6, 5, 3)).astype(np.uint8),
+                  y_train=np.arange(12) % 4,
+                  x_test=rng.integers(0, 256, (4, 6, 5, 3)).astype(np.uint8),
+                  y_test=np.arange(4)) | change
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    return arrays
+
+
+torch.set_num_threads(1)     # tiny networks: a second thread only spins
+QUICK = "--epochs 1 --ramp 0 --subset 96 --test-subset 60 --batch-size 32".split()
+QUICK_RUN = ("--net small --epochs 2 --ramp 1 --subset 200 --batch-size 33 --test-subset 5 "
+             "--l1 1e-4 --kappa 0.1 --milestones 1")
+
+
+def command(main, *args):
+    """Exit status of a command line."""
+    try:
+        run(lambda: main([str(a) for a in args]))
+    except SystemExit as e:
+        return e.code
+    return 0
+
+
+def weights(folder):
+    return train.load_run(folder)[0].state_dict()
+
+
+def stop_at(monkeypatch, steps, number):
+    """Send this process a signal in the middle of each of these steps, counted over all runs."""
+    take_step, count = train.take_step, [0]
+    def step(*args, **options):
+        count[0] += 1
+        if count[0] in steps:
+            os.kill(os.getpid(), number)
+        return take_step(*args, **options)
+    monkeypatch.setattr(train, "take_step", step)
+
+
+def together(world, *args, main=train.main, before=lambda rank: None):
+    """Exit statuses of a command line run by so many processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
+                              MASTER_ADDR="localhost", MASTER_PORT=str(port))
+            before(rank)
+            os._exit(command(main, *args))
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def mutations(content, count, seed=0):
+    """Copies of content: cut, with bits flipped, parts overwritten, repeated, removed, zeroed."""
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        a, b = sorted(random.integers(0, len(content), 2).tolist())
+        b = min(b, a + 64) if i % 2 else b
+        kind = i % 7
+        if kind == 0:
+            yield content[:a]
+        elif kind in (1, 2):
+            damaged = bytearray(content)
+            for _ in range(kind):
+                damaged[random.integers(len(content))] ^= 1 << int(random.integers(8))
+            yield bytes(damaged)
+        elif kind == 3:
+            yield content[:a] + random.bytes(b - a) + content[b:]
+        elif kind == 4:
+            yield content[:b] + content[a:]
+        elif kind == 5:
+            yield content[:a] + content[b:]
+        else:
+            yield content[:a] + bytes(b - a) + content[b:]
+
+
+def fuzz(path, load, check, count=2000):
+    """Every mutation of the file is refused with InputError, or passes check."""
+    content, refused = path.read_bytes(), 0
+    for damaged in mutations(content, count):
+        path.write_bytes(damaged)
+        try:
+            result = load()
+        except InputError as e:
+            assert str(e) and "\n" not in str(e)
+            refused += 1
+        else:
+            check(result, damaged)
+    path.write_bytes(content)
+    assert refused > 0.4 * count
+
+
+def same_as(good):
+    def check(result, damaged):
+        for a, b in zip(result, good, strict=True):
+            assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+    return check

@@ -1,0 +1,46 @@
+"""Where rounding could decide: balls that are exact as floating-point numbers, and float64."""
+from copy import deepcopy
+
+import torch
+
+
+def ball(x, eps):
+    """Lower and upper ends of the ball of pixels in [0, 1], in the dtype of x and rounded inwards:
+    exactly inside."""
+    exact = x.detach().cpu().double()
+    lower, upper = (exact - eps).clamp(min=0), (exact + eps).clamp(max=1)
+    low, high = lower.to(x.dtype), upper.to(x.dtype)
+    low = torch.where(low < lower, torch.nextafter(low, torch.ones_like(low)), low)
+    high = torch.where(high > upper, torch.nextafter(high, torch.zeros_like(high)), high)
+    return low.to(x.device), high.to(x.device)
+
+
+def in_float64(net, *tensors):
+    """Copies in float64 (on the CPU if the device has none, as MPS), to decide close calls."""
+    device = "cpu" if tensors[0].device.type == "mps" else tensors[0].device
+    return deepcopy(net).to(device, torch.float64), *(
+        t.to(device, torch.float64 if t.is_floating_point() else t.dtype) for t in tensors)
+
+
+def check_finite(value, norm, where, explain):
+    """FloatingPointError if the loss or the gradient's norm of a step is not finite; explain says
+    which numbers were not."""
+    if not (value.isfinite() and norm.isfinite()):
+        raise FloatingPointError(
+            f"{where}: the loss is {value:.4g}, the gradient's norm {norm:.4g}; {explain()}. Try a "
+            "smaller --lr or a longer --ramp; the last good checkpoint is kept")
+
+
+def first_not_finite(net, bounds, gradients):
+    """Where numbers stop being finite: a layer's bounds, else a parameter's gradient.
+
+    bounds: (l, u) before each ReLU. gradients: {name of the parameter: gradient}.
+    """
+    relus = [i for i, layer in enumerate(net) if isinstance(layer, torch.nn.ReLU)]
+    for i, (l, u) in zip(relus, bounds):
+        if not (l.isfinite() & u.isfinite()).all():
+            return f"the bounds before layer {i} ({net[i]}) are not finite"
+    for name, g in gradients.items():
+        if not g.isfinite().all():
+            return f"the gradient of layer {name} is not finite"
+    return "the bounds of the output, or a regulariser, are not finite"

@@ -1,0 +1,347 @@
+"""Run folders: config.json, log.csv, checkpoint.pt. Whole at any moment, and one process's own.
+
+Nothing here knows what is trained: a checkpoint holds plain values and tensors, and who reads it
+says how a network is built from them.
+"""
+import csv
+import io
+import json
+import os
+import signal
+import time
+import zipfile
+import zlib
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:      # not on Windows: there, nothing keeps two processes from one run folder
+    fcntl = None
+
+import torch
+
+from plumbing.console import InputError, Interrupted, duration
+from plumbing.data import check_zip
+from plumbing.processes import any_process, check_agreement, from_first, ranks
+
+CHECKPOINT = 2           # version of the checkpoint's layout
+SAVE_EVERY = 60.0        # seconds, and after each epoch
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+def write_whole(path, content):
+    """Write bytes to path so that at any moment, even after a power cut, path is the old file or
+    the new one. Raises InputError if that fails; then it is the old one."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"{path} cannot be written ({e.strerror}); what it held before is "
+                         "untouched") from None
+
+
+def write_config(folder, config):
+    write_whole(Path(folder) / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def save_checkpoint(folder, net, config, training=None):
+    """checkpoint.pt: {"format", "config", "state", "training"}, tensors and plain values.
+
+    training: all that a step changes beside net, to continue; None at the start.
+    """
+    buffer = io.BytesIO()
+    content = {"format": CHECKPOINT, "config": config, "state": net.state_dict()}
+    torch.save(content | {"training": training}, buffer)
+    write_whole(Path(folder) / "checkpoint.pt", buffer.getvalue())
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+def run_folder(path):
+    """The folder of a run that was named by it, or by its checkpoint."""
+    path = Path(path)
+    return path.parent if path.name == "checkpoint.pt" else path
+
+
+def read_checkpoint(folder, build):
+    """(net, config, training) of a run folder. build makes the network that a config describes.
+
+    Nothing in the file is executed; it is read only if it is about as large as it says, and the
+    network gets its weights only if they have the names, shapes and types of its own. Raises
+    InputError.
+    """
+    path = run_folder(folder) / "checkpoint.pt"
+    saved = _read_plain(path)
+    if not isinstance(saved, dict) or saved.get("format") != CHECKPOINT:
+        raise InputError(f"{path}: not a checkpoint of this version of train.py; train again")
+    try:
+        with torch.device("meta"):                              # takes no memory, whatever the size
+            net = build(saved["config"])
+        types = {k: t.dtype for k, t in net.state_dict().items()}
+        if types != {k: t.dtype for k, t in saved["state"].items()}:
+            raise ValueError("other layers, or other types")
+        net.load_state_dict(saved["state"], assign=True)
+        return net, saved["config"], saved["training"]
+    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as e:
+        raise InputError(f"{path}: its weights and its config do not fit "
+                         f"({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
+
+
+def _read_plain(path):
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; train one with train.py --out {path.parent}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_zip(archive, path)
+            if bad := archive.testzip():                       # torch.load does not look
+                raise InputError(f"{path}: its part {bad} is damaged (wrong checksum)")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as e:       # torch.load raises many kinds for a damaged or foreign file
+        raise InputError(f"{path}: not a readable checkpoint ({type(e).__name__}: "
+                         f"{str(e).splitlines()[0][:80] if str(e) else ''}); train again") from None
+
+
+def circumstances(data, config, device):
+    """What fixes a run beside its options."""
+    return dict(
+        input_shape=list(data.x_train.shape[1:]), classes=data.classes, device=str(device),
+        threads=torch.get_num_threads(), processes=ranks()[1], torch=str(torch.__version__),
+        fingerprint=fingerprint(data, config))
+
+
+def check_same_images(data, config):
+    """A run goes on on the same images only."""
+    if fingerprint(data, config) != config["fingerprint"]:
+        raise InputError(f"{config['out']} was trained on other images than {config['dataset']} "
+                         f"has in {config['data_dir']}")
+
+
+def fingerprint(data, config):
+    n = config["subset"]
+    return checksum(data.x_train[:n], data.y_train[:n])
+
+
+def checksum(*tensors):
+    return zlib.crc32(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors))
+
+
+# ------------------------------------------------------------------------------------------ locks
+
+def claim(handle, path):
+    """Keep other processes from path, open as handle, until it is closed or this one ends."""
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path} is in use by another process") from None
+
+
+@contextmanager
+def locked(folder):
+    """Claim a run folder, for all processes of a job, as long as the block runs."""
+    if ranks()[0] or not fcntl:
+        yield
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise InputError(f"{folder} cannot be opened ({e.strerror})") from None
+    try:
+        claim(handle, folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def new_folder(config, net):
+    """A folder that no other run has or gets, claimed as long as the block runs: config["out"], or
+    runs/NAME, runs/NAME-2, ...  It holds config.json and checkpoint.pt; config["out"] is its path.
+    The first of many processes makes it."""
+    if ranks()[0]:
+        config["out"] = from_first(None)
+        yield
+        return
+    name = "-".join([Path(config["dataset"]).stem, *(config[k] for k in ("net", "relax", "opt"))])
+    folder = _create(Path(config["out"])) if config["out"] else _create_first(Path("runs") / name)
+    with locked(folder):
+        if any(folder.iterdir()):           # another run was here between its making and its lock
+            raise InputError(f"--out {folder} exists already; name another folder, or delete it")
+        config["out"] = from_first(str(folder))
+        write_config(folder, config)
+        save_checkpoint(folder, net, config)
+        yield
+
+
+def _create(out):
+    """Make the folder out, or take it if it is empty."""
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        if not out.is_dir() or any(out.iterdir()):
+            raise InputError(f"--out {out} exists already; name another folder, or delete "
+                             "it") from None
+    except OSError as e:
+        raise InputError(f"--out {out} cannot be created ({e})") from None
+    return out
+
+
+def _create_first(first):
+    """Make the first folder of first, first-2, first-3, ... that is not there."""
+    for i in range(1, 10 ** 6):
+        folder = first.with_name(f"{first.name}-{i}") if i > 1 else first
+        try:
+            folder.mkdir(parents=True)      # of two processes, one fails: they never share it
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as e:
+            raise InputError(f"{folder} cannot be created ({e})") from None
+    raise InputError(f"{first} and its successors exist already; name a folder with --out")
+
+
+# ------------------------------------------------------------------------------ what a run tells
+
+LOG = {  # the columns of log.csv, one line per epoch; averages are over its batches
+    "epoch": "passes over the training set so far",
+    "eps": "training radius in its last batch, in pixels of [0, 1]",
+    "lr": "learning rate",
+    "sigma": "standard deviation of the weight noise (its mean, if per parameter); 0 for grad",
+    "loss": "average robust loss, regularisers included (at the perturbed weights, if smoothed)",
+    "certified": "fraction of training images certified at that eps by the training relaxation "
+                 "(at the perturbed weights, if smoothed; for sabr in its small box only, which is "
+                 "no certificate)",
+    "gradient": "average norm of the gradient estimate, before clipping",
+    "seconds": "of training so far, without the time between an interrupt and its --resume",
+    "samples_per_s": "training images per second in this epoch",
+}
+
+
+def log_row(now, epoch, eps, lr, n):
+    """The line of log.csv after an epoch, from 1, over n images. now: see at_start."""
+    loss, certified, norm = (now["totals"] / n).tolist()
+    return dict(epoch=epoch, eps=eps, lr=lr, sigma=now["sigma"].mean().item(), loss=loss,
+                certified=certified, gradient=norm, seconds=now["seconds"],
+                samples_per_s=n / (now["seconds"] - now["began"]))
+
+
+def write_log(folder, rows):
+    text = io.StringIO()
+    log = csv.DictWriter(text, LOG, lineterminator="\n")
+    log.writeheader()
+    log.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in rows)
+    write_whole(Path(folder) / "log.csv", text.getvalue().encode())
+
+
+def progress_line(now, epoch, step, steps, config, eps, numbers):
+    """One line while it runs; epoch and step, of so many, count from 1."""
+    left = now["seconds"] / now["done"] * (config["epochs"] * steps - now["done"])
+    rate = step * config["batch_size"] / (now["seconds"] - now["began"])
+    return (f"epoch {epoch}/{config['epochs']}  batch {step}/{steps}  eps {eps:.4f}  "
+            f"loss {numbers[0]:.4f}  certified {100 * numbers[1]:.1f} %  {rate:.0f} samples/s  "
+            f"{duration(left)} left")
+
+
+# ----------------------------------------------------------------------------- stopping, going on
+
+@contextmanager
+def requests_to_stop():
+    """A list that SIGINT and SIGTERM append to, instead of ending the process; the second ends it.
+    """
+    def note(number, _):
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    requests = []
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def recording(folder, net, config, now, n, show, **generators):
+    """Yields a function to call after each step, record(epoch, step, eps, numbers, images): it
+    counts, shows, logs, saves, and stops.
+
+    net, now (see at_start) and generators, which are the optimiser and the generators, are what is
+    saved: after each epoch over n images, every SAVE_EVERY seconds, and before it stops. That is
+    once a signal has asked any of many processes to, and by raising Interrupted in all; the first
+    of them saves. epoch and step count from 0; numbers: (3,), the loss, the certified fraction and
+    the gradient norm of so many images.
+    """
+    size, begun, saved = config["batch_size"], time.time() - now["seconds"], time.time()
+    steps, how = -(-n // size), f"python train.py --resume {folder}"
+
+    def save():
+        if ranks()[0] == 0:
+            state = {k: v.get_state() if isinstance(v, torch.Generator) else v.state_dict()
+                     for k, v in generators.items()}
+            write_log(folder, now["rows"])
+            save_checkpoint(folder, net, config, now | state)
+
+    def record(epoch, step, eps, numbers, images):
+        nonlocal saved
+        if step == 0:
+            now.update(began=now["seconds"], totals=torch.zeros_like(numbers))
+        now["done"] += 1
+        now["totals"] += numbers * images
+        now["seconds"] = time.time() - begun
+        show(progress_line(now, epoch + 1, step + 1, steps, config, eps, numbers))
+        whole_epoch = step + 1 == steps
+        if whole_epoch:
+            lr = generators["optimizer"].param_groups[0]["lr"]
+            now["rows"].append(log_row(now, epoch + 1, eps, lr, n))
+            check_agreement(checksum(*net.parameters()))
+        stop = any_process(bool(requests), numbers.device)
+        if whole_epoch or stop or time.time() - saved > SAVE_EVERY:
+            save()
+            saved = time.time()
+        if stop:
+            number = requests[0] if requests else signal.SIGTERM
+            raise Interrupted(number, f"{how} goes on after epoch {epoch + 1}, batch {step + 1}")
+
+    with requests_to_stop() as requests:
+        yield record
+    if requests:                                       # while the last checkpoint was written
+        raise Interrupted(requests[0], f"{how} shows the end of it")
+
+
+def at_start(sigma):
+    """What a step changes beside the weights, the optimiser and the generators.
+
+    done: steps. order: of the images in this epoch. totals: loss, certified and gradient of this
+    epoch so far. began: when it began, in seconds of training. rows: of the log.
+    """
+    return dict(done=0, seconds=0.0, began=0.0, order=None, rows=[], sigma=sigma,
+                totals=torch.zeros(3, device=sigma.device))
+
+
+def restored(training, start, **generators):
+    """The same, named and placed as in start, as it was when a run stopped; the optimiser and the
+    generators are set back, too. Raises InputError."""
+    try:
+        now = {k: training[k] for k in start}
+        now |= {k: now[k].to(start[k].device) for k in ("sigma", "totals")}
+        for name, generator in generators.items():
+            if isinstance(generator, torch.Generator):
+                generator.set_state(training[name])
+            else:
+                generator.load_state_dict(training[name])
+        return now
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise InputError("the run cannot be continued: its checkpoint lacks, or has wrong, "
+                         f"{e}") from None

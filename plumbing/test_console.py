@@ -1,0 +1,71 @@
+"""The command line: what cannot be used is one line that names it, and help shows real defaults."""
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from plumbing import console
+from plumbing.for_tests import command
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--dataset", "imagenet"], "--dataset: 'imagenet'"),
+    (["--relax", "zonotope"], "--relax: invalid choice: 'zonotope'"),
+    (["--net", "vgg"], "--net: invalid choice"), (["--opt", "adam"], "--opt: invalid choice"),
+    (["--eps", "-0.1"], "--eps: '-0.1'"),
+    (["--eps", "8"], "--eps: '8' has to be a number >= 0 and <= 1"),
+    (["--eps", "1/0"], "--eps"), (["--eps-train", "nan"], "--eps-train: 'nan'"),
+    (["--lr", "0"], "--lr: '0'"),
+    (["--opt", "pgpe", "--sigma", "0"], "--sigma: '0' has to be a number > 0"),
+    (["--opt", "pgpe", "--samples", "0"], "--samples: '0'"),
+    (["--opt", "pgpe", "--samples", "3"], "--samples: 3 is odd"),
+    (["--samples", "5"], "--samples: 5 is odd"),
+    (["--loss", "certified-error"], "use --opt pgpe"),
+    (["--loss", "certified-error", "--opt", "pgpe", "--relax", "sabr"], "sabr has no"),
+    (["--lam", "0"], "--lam: '0'"), (["--alpha", "2"], "--alpha: '2'"),
+    (["--sigma-adapt", "scalar"], "--sigma-adapt"),
+    (["--batch-size", "x"], "--batch-size"), (["--epochs", "-1"], "--epochs"),
+    (["--device", "cuda"], "--device cuda"), (["--dataset", "no.npz"], "no.npz: no such file"),
+    (["--unknown"], "--unknown")])
+def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command(train.main, *args) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_help_has_a_line_and_a_real_default_for_every_option(capsys):
+    assert command(train.main, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split("options:")[1].split())
+    assert "None" not in text
+    for name, setting in train.SETTINGS.items():
+        assert setting.meaning.split(";")[0] in text, name
+        if setting.default is None:
+            assert "default: " in setting.meaning or name == "resume"
+        else:
+            assert f"default: {console.shown(setting.default)}" in text, name
+    assert "0.1 (digits), 0.1 (mnist), 2/255 (cifar10), 0.1 (npz)" in text
+
+
+def test_the_parser_gives_what_was_given_and_the_table_the_rest():
+    config = train.parse_config("--dataset cifar10 --opt pgpe --no-skip-stable".split())
+    assert (config["eps"], config["eps_train"], config["sigma"], config["samples"]) == (
+        2 / 255, 2 / 255, 0.01, 64)
+    assert config["milestones"] == [120, 140]
+    assert (config["skip_stable"], config["kappa"]) == (False, 0.0)
+    shorter = train.parse_config("--epochs 10 --eps 8/255".split())
+    assert (shorter["ramp"], shorter["milestones"], shorter["eps_train"]) == (4, [8, 9], 8 / 255)
+    assert train.parse_config("--epochs 10 --ramp 2".split())["milestones"] == [15, 18]
+    plain = train.parse_config("--opt grad --samples 9 --sigma 0.5".split())
+    assert (plain["samples"], plain["sigma"]) == (1, 0.0)
+    assert train.parse_config(["--resume", "a/b", "--device", "cpu"]) == dict(
+        resume=Path("a/b"), device="cpu")
+    assert train.SETTINGS["relax"].limits == (*train.RELAXATIONS, *train.ATTACKING)
+
+
+@pytest.mark.parametrize("args", [["--relax-", "box"], ["--eps-t", "0.1"], ["--ep", "3"]])
+def test_options_are_written_out(capsys, args):
+    assert command(train.main, *args) == 2
+    assert "unrecognized arguments" in capsys.readouterr().err

@@ -1,0 +1,286 @@
+"""Data files: found, downloaded, read, refused. Run: pytest, in the folder above."""
+import gzip
+import hashlib
+import http.server
+import json
+import resource
+import tarfile
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import certify
+import train
+from plumbing.console import InputError
+from plumbing.data import CIFAR_FILE, MNIST_FILES
+from plumbing.for_tests import QUICK, command, fake_cifar, fake_mnist, fuzz, npz, same_as
+
+
+def test_hold_out_takes_the_last_training_images_for_the_test(tmp_path, capsys):
+    data = train.load_dataset("digits")
+    held = train.hold_out(data, 200)
+    assert torch.equal(torch.cat([held.x_train, held.x_test]), data.x_train)
+    assert torch.equal(held.y_test, data.y_train[-200:]) and len(held.x_test) == 200
+    assert train.hold_out(data, 0) is data
+    run = tmp_path / "run"
+    assert command(train.main, "--validation", 200, "--out", run, *QUICK[:6]) == 0
+    assert "200 test images" in capsys.readouterr().out
+    assert command(certify.main, run, "--stages", "box", "--restarts", 0) == 0
+    assert "200 test images" in capsys.readouterr().out
+    labels = [json.loads(l)["label"]
+              for l in next(run.glob("certify-*.jsonl")).read_text().splitlines()[1:]]
+    assert sorted(labels) == sorted(held.y_test.tolist())
+    out = tmp_path / "test.jsonl"                              # and the test images after all
+    assert command(certify.main, run, "--stages", "box", "--restarts", 0, "--validation", 0,
+                   "--out", out) == 0
+    labels = [json.loads(l)["label"] for l in out.read_text().splitlines()[1:]]
+    assert sorted(labels) == sorted(data.y_test.tolist())
+    assert command(train.main, "--validation", 1437, "--out", tmp_path / "no") == 2
+    assert "leaves none" in capsys.readouterr().err
+
+
+def test_augment_shifts_and_flips():
+    x = torch.arange(1., 3 * 16 + 1).view(1, 3, 4, 4).repeat(200, 1, 1, 1)
+    g = torch.Generator().manual_seed(0)
+    padded = nn.functional.pad(x[0], (2, 2, 2, 2))
+    crops = {tuple(p[:, i:i + 4, j:j + 4].flatten().tolist()) for i in range(5) for j in range(5)
+             for p in (padded, nn.functional.pad(x[0].flip(2), (2, 2, 2, 2)))}
+    out = {tuple(image.flatten().tolist()) for image in train.augment(x, g)}
+    assert out <= crops and len(out) > 40                              # of 50
+
+
+@pytest.mark.parametrize("place, zipped", [
+    ("MNIST/raw", True), ("MNIST/raw", False), (".", True), (".", False)])
+def test_mnist_files(tmp_path, place, zipped):
+    content = fake_mnist(tmp_path / place, zipped)
+    data = train.load_dataset("mnist", tmp_path)
+    assert data.x_train.shape == (20, 1, 28, 28) and data.x_test.shape == (10, 1, 28, 28)
+    assert data.classes == 10
+    raw = np.frombuffer(content["train-images-idx3-ubyte"], np.uint8)[16:]
+    assert torch.equal(data.x_train.flatten(), torch.tensor(raw) / 255)
+    assert data.y_test.tolist() == list(content["t10k-labels-idx1-ubyte"][8:])
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda b: b[:-5], "bytes where its header says"), (lambda b: b + b"x", "more bytes"),
+    (lambda b: b"", "not an MNIST"),
+    (lambda b: b"\x00\x00\x08\x01" + b[4:], "not an MNIST image file"),
+    (lambda b: b[:4] + b"\x7f" * 4 + b[8:], "not an MNIST"),
+    (lambda b: b"PK" + b, "not an MNIST")])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_mnist(tmp_path, damage, message, zipped):
+    content = fake_mnist(tmp_path, zipped)
+    bad = damage(content["train-images-idx3-ubyte"])
+    path = tmp_path / ("train-images-idx3-ubyte" + ".gz" * zipped)
+    path.write_bytes(gzip.compress(bad) if zipped else bad)
+    with pytest.raises(InputError, match=message):
+        train.load_dataset("mnist", tmp_path)
+
+
+def test_damaged_gzip_and_wrong_labels(tmp_path):
+    content = fake_mnist(tmp_path, True)
+    path = tmp_path / "train-labels-idx1-ubyte.gz"
+    good = path.read_bytes()
+    for bad in (good[:-3], b"no gzip", good[:12] + b"\xff" * 5 + good[17:]):
+        path.write_bytes(bad)
+        with pytest.raises(InputError, match="delete it, and it is downloaded again"):
+            train.load_dataset("mnist", tmp_path)
+    labels = content["train-labels-idx1-ubyte"]
+    path.write_bytes(gzip.compress(labels[:-1] + b"\x0a"))
+    with pytest.raises(InputError, match=r"y_train has labels outside 0..9"):
+        train.load_dataset("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_cifar_files(tmp_path, zipped):
+    files = fake_cifar(tmp_path, zipped)
+    data = train.load_dataset("cifar10", tmp_path)
+    assert data.x_train.shape == (15, 3, 32, 32) and data.x_test.shape == (3, 3, 32, 32)
+    record = np.frombuffer(files["data_batch_2.bin"], np.uint8)[:3073]       # image 3
+    assert data.y_train[3] == record[0]
+    assert torch.equal(data.x_train[3].flatten(), torch.tensor(record[1:]) / 255)
+
+
+def test_damaged_cifar(tmp_path):
+    fake_cifar(tmp_path / "a", False)
+    (tmp_path / "a/cifar-10-batches-bin/data_batch_3.bin").write_bytes(b"x" * 3000)
+    fake_cifar(tmp_path / "b", False)
+    (tmp_path / "b/cifar-10-batches-bin/test_batch.bin").unlink()
+    fake_cifar(tmp_path / "c", True)
+    archive = tmp_path / "c" / CIFAR_FILE
+    archive.write_bytes(archive.read_bytes()[:-2000])
+    for folder, message in (("a", "data_batch_3.bin missing or not made of"),
+                            ("b", "test_batch.bin is missing"), ("c", "cannot be read")):
+        with pytest.raises(InputError, match=message):
+            train.load_dataset("cifar10", tmp_path / folder)
+
+
+def test_digits():
+    data = train.load_dataset("digits")
+    assert data.x_train.shape == (1437, 1, 8, 8) and data.x_test.shape == (360, 1, 8, 8)
+    assert data.x_train.min() == 0 and data.x_train.max() == 1 and data.classes == 10
+    assert data.y_train[:10].tolist() == list(range(10))
+
+
+def test_npz(tmp_path):
+    path = tmp_path / "own.npz"
+    arrays = npz(path)
+    data = train.load_dataset(str(path))
+    assert data.x_train.shape == (12, 3, 6, 5) and data.classes == 4                  # NHWC
+    assert data.x_train[2, 1, 4, 3] == np.float32(arrays["x_train"][2, 4, 3, 1]) / np.float32(255)
+    npz(path, x_train=np.ones((12, 3, 6, 5)), x_test=np.zeros((4, 3, 6, 5)))
+    assert train.load_dataset(str(path)).x_train.shape == (12, 3, 6, 5)              # NCHW, float64
+    npz(path, x_train=np.ones((12, 6, 5)), x_test=np.zeros((4, 6, 5), np.float32))
+    assert train.load_dataset(str(path)).x_train.shape == (12, 1, 6, 5)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(x_test=None), "lacks the arrays x_test"),
+    (dict(y_test=np.array([0, 1, 2, 4])), "y_test has labels outside 0..3: 0 to 4"),
+    (dict(y_train=np.arange(12) - 1), "labels outside"),
+    (dict(y_train=np.arange(11)), "12 integer labels"),
+    (dict(y_train=np.arange(12.)), "integer labels"),
+    (dict(x_train=np.full((12, 6, 5, 3), 1.5)), "outside"),
+    (dict(x_train=np.full((12, 6, 5, 3), np.nan)), "NaN"),
+    (dict(x_train=np.zeros((12, 6, 5, 3), int)), "uint8 or float"),
+    (dict(x_train=np.zeros((12, 90))), "has to be uint8 or float images"),
+    (dict(x_test=np.zeros((4, 5, 5, 3))), "test images"),
+    (dict(x_train=np.array([{}] * 12)), "not a readable")])
+def test_bad_npz(tmp_path, change, message):
+    path = tmp_path / "own.npz"
+    npz(path, **change)
+    with pytest.raises(InputError, match=message):
+        train.load_dataset(str(path))
+
+
+def test_files_that_are_no_npz(tmp_path):
+    good = tmp_path / "good.npz"
+    npz(good)
+    for i, content in enumerate((b"", b"hello", good.read_bytes()[:-40], good.read_bytes()[:200])):
+        bad = tmp_path / f"bad{i}.npz"
+        bad.write_bytes(content)
+        with pytest.raises(InputError, match="not a readable"):
+            train.load_dataset(str(bad))
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on this machine, for downloads: serves tmp_path/www."""
+    (tmp_path / "www").mkdir()
+    handler = lambda *a: http.server.SimpleHTTPRequestHandler(*a, directory=tmp_path / "www")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as s:
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield tmp_path / "www", f"http://127.0.0.1:{s.server_address[1]}/"
+        s.shutdown()
+
+
+def test_download_tries_mirrors_and_checks_what_came(tmp_path, server, monkeypatch):
+    folder, url = server
+    fake_mnist(folder, True)
+    (folder / "damaged").mkdir()
+    for path in folder.glob("*.gz"):
+        (folder / "damaged" / path.name).write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr("plumbing.data.MNIST_MIRRORS", (url + "missing/", url + "damaged/", url))
+    sums = {n: hashlib.md5((folder / (n + ".gz")).read_bytes()).hexdigest()
+            for n in MNIST_FILES}
+    monkeypatch.setattr("plumbing.data.MNIST_FILES", sums)
+    target = tmp_path / "data"
+    target.mkdir()
+    assert len(train.load_dataset("mnist", target).x_train) == 20
+    names = sorted(p.name for p in target.rglob("*") if p.is_file())
+    assert names == sorted(n + ".gz" for n in sums)
+    monkeypatch.setattr("plumbing.data.MNIST_MIRRORS", (url + "damaged/", "http://127.0.0.1:1/"))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError) as error:
+        train.load_dataset("mnist", tmp_path / "other")
+    assert "wrong checksum" in str(error.value) and "Put the four files" in str(error.value)
+    assert not [p for p in (tmp_path / "other").rglob("*") if p.is_file()]     # nothing left behind
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_a_typo_in_data_dir_makes_no_folder_and_the_default_is_made(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("plumbing.data.MNIST_MIRRORS", ("http://127.0.0.1:1/",))
+    monkeypatch.setattr("plumbing.data.CIFAR_MIRRORS", ("http://127.0.0.1:1/",))
+    with pytest.raises(InputError, match="--data-dir dta: no such folder"):
+        train.load_dataset(name, "dta")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="could not be downloaded"):
+        train.load_dataset(name)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_fuzzed_mnist(tmp_path, zipped):
+    fake_mnist(tmp_path, zipped)
+    load = lambda: train.load_dataset("mnist", tmp_path)
+    def plausible(data, _):                      # raw pixels have no checksum: any are as good
+        assert data.x_test.shape == (10, 1, 28, 28) and len(data.x_train) == len(data.y_train) == 20
+    for name in ("t10k-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        fuzz(tmp_path / (name + ".gz" * zipped), load, same_as(load()) if zipped else plausible,
+             count=1000)
+
+
+def test_fuzzed_cifar(tmp_path):
+    fake_cifar(tmp_path, zipped=True, n=1)
+    load = lambda: train.load_dataset("cifar10", tmp_path)
+    archive, good = tmp_path / CIFAR_FILE, load()
+    fuzz(archive, load, same_as(good))
+    tar, plain = gzip.decompress(archive.read_bytes()), tmp_path / "cifar-10-binary.tar"
+    plain.write_bytes(tar)
+    def zipped_again():                          # behind a right checksum of gzip
+        archive.write_bytes(gzip.compress(plain.read_bytes(), 1))
+        return load()
+    def plausible(data, _):
+        assert data.x_train.shape[1:] == (3, 32, 32) and len(data.x_test) == len(data.y_test)
+    fuzz(plain, zipped_again, plausible, count=1000)
+
+
+def test_fuzzed_npz(tmp_path):
+    npz(tmp_path / "own.npz")
+    load = lambda: train.load_dataset(str(tmp_path / "own.npz"))
+    fuzz(tmp_path / "own.npz", load, same_as(load()))
+
+
+def test_bombs_and_foreign_paths(tmp_path):
+    """Small files that unpack to gigabytes, or that ask to be written elsewhere."""
+    zeros = bytes(2 ** 24)
+    bomb = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive, \
+            archive.open("x_train.npy", "w", force_zip64=True) as entry:
+        for _ in range(65):                                            # just above the limit
+            entry.write(zeros)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint.pt").write_bytes(bomb.read_bytes())
+    tar = tmp_path / "tar"
+    (tar / "MNIST/raw").mkdir(parents=True)
+    with gzip.open(tar / CIFAR_FILE, "wb", 1) as archive:
+        info = tarfile.TarInfo("../" * 5 + "test_batch.bin")
+        info.size = 2 ** 30
+        archive.write(info.tobuf())
+        for _ in range(64):
+            archive.write(zeros)
+    with gzip.open(tar / "MNIST/raw/train-images-idx3-ubyte.gz", "wb", 1) as images:
+        images.write(np.array([0x803, 150_000, 28, 28], ">i4").tobytes())
+        for _ in range(64):
+            images.write(zeros)
+    sparse = tarfile.TarInfo("cifar-10-batches-bin/test_batch.bin")
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 0
+    header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"00000000000\0".replace(b"0", b"7")            # its size once expanded
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
+    (tmp_path / "sparse").mkdir()
+    (tmp_path / "sparse" / CIFAR_FILE).write_bytes(gzip.compress(bytes(header) + bytes(1024)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for load in (lambda: train.load_dataset(str(bomb)), lambda: train.load_run(run),
+                 lambda: train.load_dataset("cifar10", tar),
+                 lambda: train.load_dataset("cifar10", tmp_path / "sparse"),
+                 lambda: train.load_dataset("mnist", tar)):
+        with pytest.raises(InputError):
+            load()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 ** 20       # KiB
+    assert not (tmp_path.parent / "test_batch.bin").exists()
