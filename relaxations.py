@@ -28,6 +28,15 @@ Back-substitution bounds a row a.z + d from below, z being the output of some la
     3. Repeat down to the input.
     4. The smallest value of a.x + d over the ball is known: each x_j goes to one of its ends.
 
+The lines of step 2. Where l < 0 < u, relu lies between two of them; only the lower is a choice:
+
+            u |      ,/            upper: the chord   relu(z) <= u/(u-l) (z - l)
+              |   ,-'/             lower: any slope   relu(z) >= s z  with  0 <= s <= 1
+              |,-'  /
+           ,-'|    /    slope 1    A neuron with l >= 0 (slopes 1, 1) or u <= 0 (slopes 0, 0) is
+        ,-'   |   /                exactly linear: "stable". Nothing is lost there.
+     --l------+--/-------u-- slope 0
+
 A worked example, two neurons in each layer: x in [1/4, 3/4]^2, the label is 0, and
     z1 = x1 + x2 - 1/2    z3 = h1 - h2    logit 0 = 2 h4        h = relu(z)
     z2 = x1 - x2          z4 = h1         logit 1 = h3
@@ -59,6 +68,7 @@ Letters in shape comments, here and in the other modules:
     Q  coefficients that a row holds       D  parameters
 """
 import math
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -80,8 +90,8 @@ STEPS, RATES = 20, (0.3, 0.2)    # of alpha-CROWN's ascent; Adam's first step fo
 
 
 # ======================================================================================= the heart
-# Bounds are (P, B, N). Rows are A (P, B, R, N) and d (P, B, R); what all rows share, the lines and
-# the box that they meet, is (P, B, 1, N).
+# Bounds are (P, B, N). Rows are A (P, B, R, N) and d (P, B, R); the lines and the box that all of
+# them meet are (P, B, 1, N).
 
 class Layer(NamedTuple):
     """A layer that is affine in its input, z = W h + b, for each of P parameter vectors."""
@@ -93,18 +103,15 @@ class Layer(NamedTuple):
 
     def forward(self, h, tensors=None):
         """W h + b: (P, B, N) -> (P, B, N')."""
-        tensors = self.tensors if tensors is None else tensors
-        return vmap(self.of_one)(tensors, h.expand(self.P, -1, -1))
+        return vmap(self.of_one)(tensors or self.tensors, h.expand(self.P, -1, -1))
 
     def of_one(self, tensors, h):
         """W h + b of one network: (B, N) -> (B, N')."""
         return functional_call(self.module, tensors, h.unflatten(1, self.in_shape)).flatten(1)
 
     def interval(self, lower, upper):
-        """Interval arithmetic: centre c -> W c + b, radius r -> |W| r (Gowal et al. 2018).
-
-        |W| is the layer with its weight replaced by |weight|, its bias and its mean by 0.
-        """
+        """Interval arithmetic: centre c -> W c + b, radius r -> |W| r (Gowal et al. 2018), where
+        |W| is the layer with |weight| for its weight and 0 for its bias and its mean."""
         size = {name: torch.zeros_like(t) for name, t in self.tensors.items()}
         for name in {"weight", "running_var"} & size.keys():
             size[name] = self.tensors[name].abs()
@@ -114,25 +121,16 @@ class Layer(NamedTuple):
 
     def back(self, A, d):
         """a.z + d  ->  (a W).h + (d + a.b), exactly. PyTorch itself finds a W, whatever W is."""
-        def one(tensors, A):                                                     # A (B, R, N')
+        def of_member(tensors, A):                                               # (B, R, N')
             nothing = A.new_zeros(1, math.prod(self.in_shape))
             b, pull = vjp(lambda h: self.of_one(tensors, h), nothing)
             AW, = vmap(pull)(A.flatten(0, 1)[:, None])
             return AW.view(*A.shape[:2], -1), A @ b[0]
 
         A = A.expand(self.P, *A.shape[1:])
-        AW, Ab = vmap(one)(self.tensors, A)
+        AW, Ab = vmap(of_member)(self.tensors, A)
         return AW, d + Ab
 
-
-# Where l < 0 < u, relu is enclosed between two lines, of which only the lower one is a choice:
-#
-#            u |      ,/            upper: the chord   relu(z) <= u/(u-l) (z - l)
-#              |   ,-'/             lower: any slope   relu(z) >= s z  with  0 <= s <= 1
-#              |,-'  /
-#           ,-'|    /    slope 1    A neuron with l >= 0 (slopes 1, 1) or u <= 0 (slopes 0, 0) is
-#        ,-'   |   /                exactly linear: "stable". Nothing is lost there.
-#     --l------+--/-------u-- slope 0
 
 def adaptive(l, u):
     """Slope 1 if u >= -l else 0: the smaller area between the lines (DeepPoly; CROWN-adaptive)."""
@@ -155,10 +153,7 @@ class Lines(NamedTuple):
 
 
 def relax_relu(l, u, slope=adaptive):
-    """The Lines of every neuron with pre-activation in [l, u]; slope(l, u) in [0, 1].
-
-    Where l < 0 < u does not hold, slope(l, u) has to be finite, and does not matter.
-    """
+    """The Lines of neurons with z in [l, u]; slope(l, u), in [0, 1], counts where l < 0 < u."""
     below, above = F.relu(-l), F.relu(u)
     width = above + below + torch.finfo(l.dtype).tiny                # tiny: not 0/0 at l = u = 0
     # 1 if l >= 0, 0 if u <= 0. Adding 0 * width is nothing, unless it overflowed: then NaN reaches
@@ -183,10 +178,8 @@ class Box(NamedTuple):
 
 
 def lower_bound(A, d, steps, trace=None):
-    """Sound lower bounds of the rows a.z + d, (P, B, R), where z is the output of steps[-1].
-
-    steps: a Box, then Layers and Lines.  trace: a list that collects A above each step, top down.
-    """
+    """Sound lower bounds (P, B, R) of the rows a.z + d, where z is the output of steps[-1], and the
+    steps are a Box, then Layers and Lines.  trace: a list that collects the A above each step."""
     for step in reversed(steps):
         if trace is not None:
             trace.append(A)
@@ -195,12 +188,11 @@ def lower_bound(A, d, steps, trace=None):
 
 
 def neurons(stages, box, substitute, slope=adaptive, skip_stable=False, bound=lower_bound):
-    """Bounds of the inputs of each ReLU, a Box of (P, B, N) each, from below upwards.
+    """Bounds of the inputs of each ReLU, a Box (P, B, N) for each, from below upwards.
 
-    stages: lists of layers, with one ReLU between consecutive stages.  substitute: bound every
-    neuron by back-substitution (DeepPoly), else all by intervals (box, CROWN-IBP), which are exact
-    for one layer over a box.  skip_stable: what intervals show to be stable stays as they say, and
-    the rest gets the tighter of both bounds.
+    stages: lists of layers, with one ReLU between consecutive stages.  substitute: bound them by
+    back-substitution (DeepPoly), else by intervals, which are exact for one layer over a box.
+    skip_stable: leave alone what intervals show to be stable; the rest gets the tighter bound.
     """
     bounds, inputs, steps = [], box, [for_rows(box)]
     for layers in stages[:-1]:
@@ -208,29 +200,26 @@ def neurons(stages, box, substitute, slope=adaptive, skip_stable=False, bound=lo
         for layer in layers:
             l, u = layer.interval(l, u)
         exact = not layers or len(steps) + len(layers) == 2
-        steps = [*steps, *layers]
+        steps += layers
         if substitute and not exact:
-            # An upper bound of z_j is minus a lower bound of -z_j: two rows for each neuron.
             eye = torch.eye(l.shape[-1]).to(l)
             rows = torch.cat([eye, -eye]).expand(*l.shape[:2], -1, -1)
-            low, minus_high = bound(rows, 0, steps).chunk(2, 2)
-            unstable = (l < 0) & (u > 0)
+            low, minus_high = bound(rows, 0, steps).chunk(2, 2)      # z <= u means -z >= -u
             if skip_stable:
-                l = torch.where(unstable, torch.maximum(l, low), l)
-                u = torch.where(unstable, torch.minimum(u, -minus_high), u)
-            else:
-                l, u = low, -minus_high
+                unstable = (l < 0) & (u > 0)
+                low = torch.where(unstable, torch.maximum(l, low), l)
+                minus_high = torch.where(unstable, torch.maximum(-u, minus_high), -u)
+            l, u = low, -minus_high
         bounds.append(Box(l, u))
         if substitute:
-            steps = [*steps, relax_relu(*for_rows(bounds[-1]), slope)]
+            steps.append(relax_relu(*for_rows(bounds[-1]), slope))
         inputs = F.relu(l), F.relu(u)
     return bounds
 
 
 def margins(stages, rows, bounds, box, relax, slope=adaptive, bound=lower_bound):
     """Lower bounds of rows (P, B, R, K) of the logits, from the bounds of the neurons: (P, B, R).
-
-    The outputs of the last ReLU lie in a box: "box" stops there, the others go down to the input.
+    "box" stops at the outputs of the last ReLU, which lie in a box; the others go on to the input.
     """
     if relax == "box" and bounds:
         box = Box(*map(F.relu, bounds[-1]))
@@ -378,6 +367,8 @@ def plain(module):
 def out_shape(module, shape, where):
     """What a layer makes of one input of that shape: by running it, or by arithmetic, where that
     is not worth the time."""
+    if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
+        return (math.prod(shape),)
     if type(module) is nn.Linear and shape == (module.in_features,):
         return (module.out_features,)
     if type(module) is nn.Conv2d and len(shape) == 3 and module.padding_mode == "zeros" \
@@ -385,7 +376,8 @@ def out_shape(module, shape, where):
         size = conv_size(module, shape[1:])
         if min(size) > 0:
             return (module.out_channels, *size)
-    like, two_or_three = next(module.parameters(), torch.zeros(())), (2, 3)
+    like = next(iter(module.state_dict().values()), torch.zeros(()))
+    two_or_three = 2, 3
     try:
         with torch.no_grad():
             after = [module(like.new_zeros(n, *shape)).shape for n in two_or_three]
@@ -545,14 +537,16 @@ def all_margins(machine, box, y, relax, bounds, slope, budget, ascent):
     others = (y[:, None] + torch.arange(1, K).to(y)) % K                              # (B, K-1)
     eye = torch.eye(K).to(box.lower)
     rows = hwc(eye[y][:, None] - eye[others], layouts[-1])[None]                 # (1, B, K-1, K)
+    expanded = [Box(*(t.expand(P, -1, -1) for t in pair)) for pair in bounds]
     bound = partial(best_slopes, ascent=ascent if relax == "alpha-crown" else 0, bound=inner)
 
     def of_samples(b):
-        some, *pairs = parts_of([box, *bounds], slice(b, b + samples))
+        some, *pairs = parts_of([box, *expanded], slice(b, b + samples))
         return margins(stages, rows[:, b:b + samples], pairs, some, relax, slope, bound)
 
     sizes = sizes_down(View((K,)), stages[-1:] if relax == "box" else stages)
     fit, keeps = budget.fit(P * K, sizes, held=2 + 3 / K)
+    keeps = keeps if inner is quick_bound else 0        # torch.func cannot be checkpointed
     samples = min(len(y), fit)
     jobs = [(b,) for b in range(0, len(y), samples)]
     low = torch.cat(budget.run(of_samples, jobs, keeps * samples), 1)
@@ -613,22 +607,21 @@ def replaced(steps, **fields):
             for step in steps]
 
 
-def ascend(bound, free, limits, rates, steps, target=torch.inf):
+def ascend(bound, free, limits, rates, steps, *, target=torch.inf, shield=nullcontext):
     """Raise the bound of every row by projected Adam on what is free: (best bounds, choices).
 
     bound(free) -> (...); each tensor of free is (..., Q), Q numbers for each row. limits has its
     (lowest, highest), rates its first step size. The given choices are tried first, and each row
     keeps its best ones, so no row gets looser. Stops early when all bounds exceed target.
+    shield: a context for the bounds.
     """
     free = [t.detach().clone().requires_grad_() for t in free]
     optimizer = torch.optim.Adam([{"params": t, "lr": r} for t, r in zip(free, rates)],
                                  maximize=True, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     best, chosen = -torch.inf, [t.detach().clone() for t in free]
-    same = lambda t: t
     for step in range(steps + 1):
-        # The hooks: inside a checkpoint, its own would compute the pass again for each backward.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(same, same):
+        with torch.enable_grad(), shield():
             low = bound(free)
             total = low.sum()                              # rows share nothing that is free
         better = low.detach() > best
@@ -659,8 +652,15 @@ def best_slopes(A, d, steps, ascent, bound=lower_bound):
         start.append(line.lower.expand(*rows, -1))
     limits = [(line.upper.floor(), line.upper.ceil()) for line in lines]
     chosen = lambda slopes: bound(A, d, replaced(steps, lower=slopes))
-    best, slopes = ascend(chosen, start, limits, [RATES[0]] * len(start), ascent)
+    rates, shield = [RATES[0]] * len(start), nullcontext if bound is lower_bound else no_checkpoint
+    best, slopes = ascend(chosen, start, limits, rates, ascent, shield=shield)
     return chosen(slopes) if torch.is_grad_enabled() else best
+
+
+def no_checkpoint():
+    """Inside a checkpoint, its hooks would compute the pass again for each backward of the ascent:
+    these take their place. (torch.func, and so the heart, allows none.)"""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def best_where_unstable(A, d, steps, ascent):
@@ -731,7 +731,7 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
                unused.masked_fill(sub.signs > 0, torch.inf))]
     choices = [t.clamp(*limit) for t, limit in zip((sub.slopes, sub.multipliers), limits)]
     if steps and sub.sizes:
-        low, choices = ascend(chosen, choices, limits, RATES, steps, target)
+        low, choices = ascend(chosen, choices, limits, RATES, steps, target=target)
     else:
         low = chosen(choices)
     if trace is not None:
@@ -1078,7 +1078,7 @@ def all_rows(stages, lines, box, budget):
         A, d = (both_signs(t[:, :, some], 2) for t in (W, c))
         return [(A.view(P, 1, 1, -1, Q), d.view(P, 1, 1, -1))]
 
-    fit, keeps = budget.fit(2 * P * G, sizes_down(view, below), held=2)
+    fit, keeps = budget.fit(2 * P * G, sizes_down(view, below), held=2 + 3 / (2 * O))
     samples, channels = min(B, fit), min(O, max(1, fit // B))
     channels -= channels % 8 if channels > 8 else 0     # else products are half as fast
     starts = range(0, O, channels)
@@ -1172,7 +1172,7 @@ def quick_neurons(stages, box, slope, skip_stable, budget, ascent=0):
         if not exact and ascent:
             l, u = unstable_rows(l, u, stages[:s + 1], lines, box, budget, ascent)
         bounds.append(Box(l, u))
-        lines.append(relax_relu(l, u, slope))
+        lines = [*lines, relax_relu(l, u, slope)]
         inputs = F.relu(l), F.relu(u)
     return bounds
 
