@@ -276,7 +276,7 @@ def read_network(net, in_shape, params=None):
             continue
         where = f"layer {name} ({type(module).__name__})"
         check_layer(module, where)
-        after = out_shape(module, shape, where)
+        after = shape_after(module, shape, where)
         if not is_a(module, *RESHAPE):
             own = {n: getattr(module, n, None) for n in TENSORS}
             tensors = {n: stacked(t) for n, t in own.items() if t is not None}
@@ -364,7 +364,7 @@ def plain(module):
     return module
 
 
-def out_shape(module, shape, where):
+def shape_after(module, shape, where):
     """What a layer makes of one input of that shape: by running it, or by arithmetic, where that
     is not worth the time."""
     if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
