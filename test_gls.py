@@ -1076,6 +1076,28 @@ def test_certified_margin_decides_close_calls_in_float64():
     assert train.certified_margin(net, x, y, 0.01, "deeppoly")[0] == exact[0].float()
 
 
+def test_one_page_ends_with_the_weights_of_train(tmp_path, monkeypatch):
+    """examples/one_page.py shares the images with train.py, and no line."""
+    root = Path(train.__file__).parent
+    page = (root / "examples" / "one_page.py").read_text()
+    assert not re.search(r"import.*\b(train|gls|relaxations|certify)\b", page)
+    monkeypatch.syspath_prepend(root / "examples")
+    import one_page
+    data = train.load_dataset("digits")
+    x, y = data.x_train[:300].flatten(1), data.y_train[:300]
+    net = one_page.train(x, y, epochs=2, ramp=2, clip=0.3)             # so that it clips now and then
+    train.main(["--net", "mlp", "--init", "default", "--lr-decay", "1", "--regularize", "0",
+                "--no-skip-stable", "--epochs", "2", "--ramp", "2", "--clip", "0.3",
+                "--subset", "300", "--test-subset", "20", "--out", str(tmp_path / "run")])
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"].values()
+    for one, other in zip(net.parameters(), saved, strict=True):       # they moved by 0.02 and more
+        assert (one - other).norm() <= 1e-5 * other.norm()
+    x, y = data.x_test[:20], data.y_test[:20]                          # and it bounds likewise
+    theirs = train.load_run(tmp_path / "run")[0]
+    torch.testing.assert_close(one_page.margins(net, x.flatten(1), y, 0.1),
+                               margin_lower_bounds(theirs, x, y, 0.1), rtol=1e-4, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------ files of data
 
 def idx(images, magic):
