@@ -28,7 +28,7 @@ torch.distributed's default group), each with the same arguments and the same ge
 all the noise, evaluates its share of it, and they add up what they found: PGPE 2n losses, the
 gradient itself never travels; RGS a gradient.
 
-PGPE in ten lines:
+PGPE in eight lines:
 
     theta, sigma = torch.zeros(5), 0.1
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +64,8 @@ def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True, shard=(0,
     theta: (D,).  sigma: a number or () tensor, shared, or (D,), per parameter; all positive. The
     sigma gradient has its shape (summed over the parameters that share it), or is None with
     adapt=False.  pairs: n >= 1, each costs two losses.  chunk: the most parameter vectors
-    evaluated at once (None: all 2n), which bounds the memory and does not change the result.
+    evaluated at once (None: all 2n). It bounds what the evaluations hold, but not the noise (n, D),
+    which is drawn and kept whole, and it does not change the result.
     shard: see the top of this file; whole chunks go to a process (with chunk=None, all to the
     first), so that the result is that of one process, bit by bit.
     """

@@ -1,4 +1,4 @@
-"""The README's figures, from the results and from the loss itself. Needs matplotlib.
+"""The figures of the pages, from the results and from the loss itself. Needs matplotlib.
 
     python figures/draw.py              all of them, into figures/*.svg (10 minutes of one core)
     python figures/draw.py 1 3          some

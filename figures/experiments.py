@@ -1,4 +1,4 @@
-"""The experiments behind the README's claims: every cell a run of train.py and one of certify.py.
+"""The experiments behind results/README.md: every cell a run of train.py and one of certify.py.
 
     python figures/experiments.py digits                what is missing of the table and the sweeps
     python figures/experiments.py digits --part tune    the search that chose the settings
@@ -343,7 +343,7 @@ def run(name, file, cells, table, args, tuning=False):
 
 
 def main():
-    p = argparse.ArgumentParser(description="Run the experiments behind the README's claims.")
+    p = argparse.ArgumentParser(description="Run the experiments behind results/README.md.")
     p.add_argument("name", choices=TABLES)
     p.add_argument("--part", choices=("tune", "table", "sweeps"), nargs="*",
                    default=["table", "sweeps"])

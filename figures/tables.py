@@ -1,4 +1,4 @@
-"""The tables of the README pages, from results/: no number in them is typed by hand.
+"""The tables and the code on the pages, from results/ and the files: none of it is typed by hand.
 
     python figures/tables.py            rewrites what stands between the <!-- table --> marks
 
@@ -9,6 +9,7 @@ that of the exact permutation test: the share of all ways to deal the runs to tw
 so large a difference. Both are for the settings that tuning chose, do not know how much that choice
 owes to chance, and are about these test images.
 """
+import ast
 import json
 import re
 from collections import Counter
@@ -76,17 +77,17 @@ TITLE = {"digits": "digits", "digits-long": "digits, longer",
 
 
 def summary(names):
-    """What is certified: a row for each loss, a column for each table and gradient."""
+    """What is certified: a row for each table and gradient, a column for each loss."""
     found = {name: table_cells(name) for name in names.split(",")}
-    columns = [(name, opt) for name in found for opt in ("grad", "rgs", "pgpe")
-               if any(method[1] == opt for method in found[name])]
-    lines = ["| certified, % | " + " | ".join(f"{TITLE[name]}, {NAME[opt]}"
-                                              for name, opt in columns) + " |",
-             "|" + "---|" * (len(columns) + 1)]
-    for relax in dict.fromkeys(method[0] for cells in found.values() for method in cells):
-        runs = [found[name].get((relax, opt)) for name, opt in columns]
-        lines.append("| " + " | ".join([NAME[relax], *(
-            spread(percent(cells, "certified")) if cells else "" for cells in runs)]) + " |")
+    losses = list(dict.fromkeys(relax for cells in found.values() for relax, _ in cells))
+    lines = ["| certified, % | " + " | ".join(NAME[relax] for relax in losses) + " |",
+             "|" + "---|" * (len(losses) + 1)]
+    for name, cells in found.items():
+        for opt in ("grad", "rgs", "pgpe"):
+            runs = [cells.get((relax, opt)) for relax in losses]
+            if any(runs):
+                columns = [spread(percent(r, "certified")) if r else "" for r in runs]
+                lines.append("| " + " | ".join([f"{TITLE[name]}, {NAME[opt]}", *columns]) + " |")
     return lines
 
 
@@ -314,11 +315,29 @@ def reach(name):
     return lines
 
 
+def heart(where):
+    """Functions as they stand in a file, FILE:NAME or FILE:NAME,NAME."""
+    file, names = where.split(":")
+    text = (experiments.ROOT / file).read_text()
+    found = {node.name: node for node in ast.parse(text).body if hasattr(node, "name")}
+    parts = [text.splitlines()[found[name].lineno - 1:found[name].end_lineno]
+             for name in names.split(",")]
+    return ["```py", *"\n\n".join("\n".join(part) for part in parts).splitlines(), "```"]
+
+
+def log(_):
+    """What stands in the columns of log.csv."""
+    return ["| column | meaning |", "|---|---|",
+            *(f"| `{name}` | {meaning} |" for name, meaning in experiments.train.LOG.items())]
+
+
 TABLES = {"results": results_table, "differences": differences, "source": source,
           "sweeps": sweeps, "summary": summary, "speed": speed, "measured": measured,
           "population": population, "rgs": rgs_steps, "growth": growth, "fits": fits,
-          "scaling": scaling, "reach": reach, "gaps": gaps, "again": again}
-PAGES = [experiments.ROOT / folder / "README.md" for folder in (".", "results", "benchmarks")]
+          "scaling": scaling, "reach": reach, "gaps": gaps, "again": again, "heart": heart,
+          "log": log}
+PAGES = [experiments.ROOT / page for page in ("README.md", "docs/runs.md", "results/README.md",
+                                              "benchmarks/README.md")]
 
 
 def filled(text):
