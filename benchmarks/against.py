@@ -122,7 +122,7 @@ def serve(checkout, fast, threads, path, connection):
 def started(checkout, fast, threads, path):
     """A function that makes a new side do something, and returns what came of it.
 
-    It raises EOFError if the side has ended, whose traceback is on stderr."""
+    It raises EOFError or ConnectionError if the side has ended; why, is on stderr."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(checkout, fast, threads, path, theirs))
@@ -245,7 +245,7 @@ def main():
         result = dict(case=case, state=state, row=row, what=what)
         try:
             result |= compare(sides, make_task(args, case, state, row, what), args)
-        except EOFError:
+        except (EOFError, ConnectionError):
             print("a side has failed, see above", file=sys.stderr)
         results.append(result)
         print(line(result), flush=True)
