@@ -10,8 +10,8 @@ of PGPE: 16 perturbed parameter vectors at once, and the gradients of their loss
 
 The two sides are processes of their own, new for each row, which load the same weights and images
 from one file. A side works only when it is told to, so that they take strict turns. Its first call
-gives the peak of memory, its second the numbers to compare, the others the times. "times as long"
-is the median, over the turns, of this side's time in units of the other's; below 1, this is faster.
+gives the peak of memory, its second the numbers to compare, the others the times. "times" is this
+side in units of the other: of the times, the median over the turns; below 1, this side is better.
 Expect float32 to differ by 1e-5 of the largest number, and --double by 1e-13.
 
 Only what has a stable signature is called in the peer: build_network and margin_lower_bounds.
@@ -19,6 +19,7 @@ Only what has a stable signature is called in the peer: build_network and margin
 import argparse
 import ctypes
 import importlib
+import math
 import multiprocessing
 import subprocess
 import sys
@@ -36,8 +37,7 @@ import common              # no module of the checkout here: the sides would hav
 HERE = Path(__file__).resolve().parent.parent
 CASES = {"cnn3": "cnn3", "cnn5": "cnn5", "digits": "digits", "population": "digits"}  # of bounds.py
 ROWS = {
-    "box": dict(relax="box"),
-    "crown-ibp": dict(relax="crown-ibp"),
+    "box": dict(relax="box"), "crown-ibp": dict(relax="crown-ibp"),
     "deeppoly": dict(relax="deeppoly", skip_stable=False),
     "skip-stable": dict(relax="deeppoly", skip_stable=True),
 }
@@ -99,11 +99,11 @@ def serve(checkout, fast, threads, path, connection):
     """A side: load the task in path, then do what the parent says, once each time."""
     sys.path[:] = [checkout, *(p for p in sys.path if HERE not in (Path(p), *Path(p).parents))]
     relaxations, train = map(importlib.import_module, ("relaxations", "train"))
-    if Path(relaxations.__file__).parent != Path(checkout):
-        raise ImportError(f"{checkout} has no relaxations.py")
     torch.set_num_threads(threads)
     if hasattr(relaxations, "FAST"):
         relaxations.FAST = fast
+    elif not fast:
+        print(f"{checkout} has no fast path to switch off", file=sys.stderr)
     task = torch.load(path, weights_only=True)
     net = load(train, task)
     warm_up = prepare(relaxations, net, task, 1, ROWS["box"])
@@ -121,7 +121,6 @@ def serve(checkout, fast, threads, path, connection):
 @contextmanager
 def started(checkout, fast, threads, path):
     """A function that makes a new side do something, and returns what came of it.
-
     It raises EOFError or ConnectionError if the side has ended; why, is on stderr."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -130,6 +129,7 @@ def started(checkout, fast, threads, path):
     theirs.close()
 
     def ask(wish):
+        time.sleep(0.01)                               # until the other side's threads are idle
         ours.send(wish)
         return ours.recv()
 
@@ -156,8 +156,8 @@ def make_task(args, case, state, row, what):
 
 def difference(a, b, names):
     """The largest difference in units of the largest number of its tensor; None without names."""
-    return max((float(abs(a[k] - b[k]).max() / max(abs(b[k]).max(), 1e-30)) for k in names),
-               default=None)
+    ratios = [float(abs(a[k] - b[k]).max() / max(abs(b[k]).max(), 1e-30)) for k in names]
+    return max((math.inf if math.isnan(r) else r for r in ratios), default=None)
 
 
 def compare(sides, task, args):
@@ -172,14 +172,10 @@ def compare(sides, task, args):
             a, b = one("result"), other("result")
             times, end = [], time.time() + LONG
             while len(times) < args.pairs or time.time() < end:
-                turn = []
-                for side in (one, other):
-                    time.sleep(0.01)                 # until the threads of the last have gone idle
-                    turn.append(side("seconds"))
-                times.append(turn)
+                times.append((one("seconds"), other("seconds")))
     gradients = [k for k in a if k != "margins"]
-    return dict(MiB=memory, times=times, seconds=[median(t) for t in zip(*times)],
-                ratio=median(t / s for t, s in times),
+    return dict(MiB=memory, memory=memory[0] / max(memory[1], 1), times=times,
+                seconds=[median(t) for t in zip(*times)], ratio=median(t / s for t, s in times),
                 values=difference(a, b, ["margins"]), gradients=difference(a, b, gradients))
 
 
@@ -190,24 +186,18 @@ def line(r):
         return text + "  failed"
     (ours, theirs), (mine, yours) = r["seconds"], r["MiB"]
     text += f"{1e3 * ours:10.1f}{1e3 * theirs:10.1f}{r['ratio']:8.3f}{len(r['times']):7}"
-    text += f"{mine:9.1f}{yours:8.1f}{mine / max(yours, 1):7.2f}{r['values']:10.1e}"
+    text += f"{mine:12.1f}{yours:7.1f}{r['memory']:7.2f}{r['values']:9.1e}"
     return text if r["gradients"] is None else text + f"{r['gradients']:11.1e}"
 
 
 def verdict(results):
-    """The worst of all rows, in one paragraph."""
+    """The worst of all rows."""
     rows = [r for r in results if "ratio" in r]
-    if not rows:
-        return "nothing was measured"
-    worst, fattest = (max(rows, key=key) for key in (
-        lambda r: r["ratio"], lambda r: r["MiB"][0] / max(r["MiB"][1], 1)))
-    name = lambda r: " ".join(r[k] for k in ("case", "state", "row", "what"))
-    far = max(max(r["values"], r["gradients"] or 0) for r in rows)
-    return (f"{len(rows)} rows, {len(results) - len(rows)} failed; faster in "
-            f"{sum(r['ratio'] < 1 for r in rows)}\n"
-            f"at most {worst['ratio']:.3f} times as long ({name(worst)})\n"
-            f"at most {fattest['MiB'][0] / max(fattest['MiB'][1], 1):.2f} times the memory "
-            f"({name(fattest)})\nlargest relative difference {far:.1e}")
+    most = lambda *names: max((r[k] or 0 for r in rows for k in names), default=math.nan)
+    faster = sum(r["ratio"] < 1 for r in rows)
+    return (f"{len(rows)} rows, {len(results) - len(rows)} failed; faster in {faster}; at most "
+            f"{most('ratio'):.3f} times as long and {most('memory'):.2f} times the memory; "
+            f"largest relative difference {most('values', 'gradients'):.1e}")
 
 
 def parse_args():
@@ -236,8 +226,9 @@ def main():
     sides = (str(HERE), not args.heart), (peer, True)
     commit = subprocess.run(["git", "-C", peer, "describe", "--always", "--dirty"],
                             capture_output=True, text=True).stdout.strip()
-    print(f"{'':49}{'ms: here':>10}{'there':>10}{'times':>8}{'turns':>7}{'MiB':>9}{'there':>8}"
-          f"{'times':>7}{'values':>10}{'gradients':>11}")
+    ours, theirs = ("heart", "fast") if args.heart else ("here", "there")
+    print(f"{'':49}{'ms: ' + ours:>10}{theirs:>10}{'times':>8}{'turns':>7}{'MiB: ' + ours:>12}"
+          f"{theirs:>7}{'times':>7}{'values':>9}{'gradients':>11}")
     results = []
     for case, state, row, what in product(args.cases, args.states, args.rows, args.what):
         if args.heart and row not in HEART.get(case, ROWS):
