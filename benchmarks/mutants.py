@@ -102,7 +102,8 @@ def run_tests(folder, limit=None, **environment):
 
 def known_tests():
     """PASSED of all tests on the code as it is: of a run, or of the record of an earlier one."""
-    sources = [p.read_bytes() for p in sorted(HERE.rglob("*.py")) if RUNS not in p.parents]
+    sources = [p.read_bytes() for p in sorted(HERE.rglob("*.py"))
+               if not {RUNS, HERE / "benchmarks"} & set(p.parents)]
     record = RUNS / f"mutants-{hashlib.sha256(b''.join(sources)).hexdigest()[:12]}.json"
     if not record.exists():
         print("running the tests on the code as it is ...", file=sys.stderr)
