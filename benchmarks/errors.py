@@ -21,7 +21,7 @@ NO_MATHEMATICS = set("""main run arguments parse_args parse_config settings numb
     merge certify_run load_dataset self_check random_problem members_at_once Parser Progress Dataset
     ContradictionError InputError Interrupted Verdict Budget _sizes _is_dense _padded _check_dataset
     _find_mnist _read_idx _read_cifar _read_npz _read_at_most _check_zip _download _outside
-    """.split())         # command lines, files, processes, printing, and what decides on speed alone
+    """.split())        # command lines, files, processes, printing, and what decides on speed alone
 SWAPPED = dict(Lt="LtE", Gt="GtE", Eq="NotEq", Is="IsNot", In="NotIn", Add="Sub", Mult="Div",
                And="Or", BitAnd="BitOr", min="max", minimum="maximum", amin="amax", floor="ceil",
                argmin="argmax", all="any", mean="sum", zeros_like="ones_like", new_zeros="new_ones")
@@ -162,7 +162,8 @@ def plant(file, name, function, kind, old, new):
     ends = [0]
     for line in source.splitlines(keepends=True):
         ends.append(ends[-1] + len(line))
-    start, end = ends[old.lineno - 1] + old.col_offset, ends[old.end_lineno - 1] + old.end_col_offset
+    start = ends[old.lineno - 1] + old.col_offset
+    end = ends[old.end_lineno - 1] + old.end_col_offset
     text = ast.unparse(ast.fix_missing_locations(new))
     meant = text if isinstance(new, ast.Pass) else f"({text})"       # whatever stands around it
     try:

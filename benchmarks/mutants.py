@@ -4,12 +4,11 @@
     python benchmarks/mutants.py --count 20 --functions gls.py:pgpe relaxations.py
     python benchmarks/mutants.py --count 100 --list               only shows what it would plant
 
-The tests run once on the code as it is, to see how long each takes and which functions it calls;
-those that fail stay away. Then each error is planted in a copy of the checkout, and tests run until
-one fails: first those that call the function, the shortest first. An error that makes them take
-three times as long as all should is noticed, too. Each outcome is at once a line of --out; a later
-call goes on from there, and --again repeats what survived, to see whether new tests notice it.
-An error that nobody could observe is set aside by hand: add "aside": "the reason" to its line.
+The tests run once on the code as it is: how long does each take, which functions does it call?
+Those that fail stay away. Then each error is planted in a copy of the checkout, and tests run until
+one fails, or time is up: first those that call the function, the shortest first. Each outcome is at
+once a line of --out; a later call goes on from there, and --again repeats what survived. An error
+that nobody could observe is set aside by hand: add "aside": "the reason" to its line.
 """
 import argparse
 import difflib
@@ -37,7 +36,6 @@ RUNS = HERE / "runs"
 
 
 # ----------------------------------------------- inside of pytest, which has this as a conftest.py
-
 PASSED = {}              # {test: (seconds, "FILE:LINE" of the functions that it calls)}
 
 
@@ -73,12 +71,12 @@ def pytest_sessionfinish():
 # ------------------------------------------------------------------------------ outside of pytest
 
 def copy_checkout():
-    """A copy of this checkout for pytest to run in, with this file as its conftest.py."""
+    """A copy of this checkout, with this file, and errors.py that it imports, as conftest.py."""
     folder = Path(tempfile.mkdtemp(prefix="mutants-"))
-    shutil.copytree(HERE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
-        ".git", "runs", "__pycache__", ".venv", "MNIST", "cifar-10-*"))
+    left_out = shutil.ignore_patterns(".git", "runs", "__pycache__", ".venv", "MNIST", "cifar-10-*")
+    shutil.copytree(HERE, folder, dirs_exist_ok=True, ignore=left_out)
     shutil.copy(__file__, folder / "conftest.py")
-    shutil.copy(errors.__file__, folder)               # which it imports
+    shutil.copy(errors.__file__, folder)
     return folder
 
 
@@ -134,14 +132,14 @@ def outcome(mutant, tests, folder):
 
 def read_report(path, again):
     """{key: line} of what is known; without the survivors, if they are to run again."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
     return {r["key"]: r for r in lines if r["noticed"] or "aside" in r or not again}
 
 
 def run_all(drawn, known, path, jobs):
     """Run what is not known yet, and note it as soon as it is."""
-    left = [m for m in drawn if m.key not in known]
-    tests, folders = known_tests() if left else {}, SimpleQueue()
+    left, folders = [m for m in drawn if m.key not in known], SimpleQueue()
+    tests = known_tests() if left else {}
     for _ in range(min(jobs, len(left))):
         folders.put(copy_checkout())
 
@@ -159,14 +157,14 @@ def run_all(drawn, known, path, jobs):
             known[mutant.key] = r
             with path.open("a") as file:
                 file.write(json.dumps(r) + "\n")
-            print(f"{show(mutant)}\n    {r['noticed'] or 'SURVIVED'}  ({r['seconds']} s)", flush=True)
+            print(f"{show(mutant)}\n    {r['noticed'] or 'SURVIVED'}, {r['seconds']} s", flush=True)
     while not folders.empty():
         shutil.rmtree(folders.get())
 
 
 def show(m):
-    short = lambda text: " ".join(text.split())[:60]
-    return f"{m.file}:{m.line} {m.function}, {m.kind}: {short(m.before)}  ->  {short(m.after)}"
+    before, after = (" ".join(text.split())[:60] for text in (m.before, m.after))
+    return f"{m.file}:{m.line} {m.function}, {m.kind}: {before}  ->  {after}"
 
 
 def diff(m):
@@ -193,9 +191,8 @@ def main():
     run_all(drawn, known, args.out, args.jobs)
     results = {m: known[m.key] for m in drawn}
     counted = [r for r in results.values() if "aside" not in r]
-    survivors = [m for m, r in results.items() if not r["noticed"] and "aside" not in r]
-    noticed = len(counted) - len(survivors)
-    print("\n".join(map(diff, survivors)))
+    noticed = sum(bool(r["noticed"]) for r in counted)
+    print("\n".join(diff(m) for m, r in results.items() if r in counted and not r["noticed"]))
     print(f"{len(drawn)} errors, {len(drawn) - len(counted)} of them set aside; of the others "
           f"{noticed} noticed, {100 * noticed / max(1, len(counted)):.0f} %")
 
