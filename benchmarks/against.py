@@ -82,7 +82,7 @@ def prepare(relaxations, net, task, images, options):
 
 
 def exact_peak(warm_up, call):
-    """MiB that the call takes at its peak, to a tenth of a percent: every block of 64 KiB or more
+    """MiB that the call takes at its peak, to 1 % or 0.3 MiB: every block of 64 KiB or more
     is a mapping of its own, so that what is freed goes back at once and no gaps are counted."""
     M_MMAP_THRESHOLD = -3                              # of glibc's malloc.h
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2 ** 16)
