@@ -1131,7 +1131,7 @@ def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
                 torch.where(unstable, torch.minimum(u, high), u))
     *below, (*others, op) = stages
     below, (W, c, view) = [*below, others], first_rows(op)
-    (P, Gx, O, _), G = W.shape, math.prod(view.positions)
+    P, Gx, O, _ = W.shape
     # The t-th pick of each member, as tables (P, U); short lists are filled up with zeros.
     counts = member.bincount(minlength=P)
     before = counts.cumsum(0) - counts

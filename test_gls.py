@@ -9,6 +9,7 @@ import json
 import math
 import re
 import signal
+import sys
 from collections import OrderedDict
 from copy import deepcopy
 from fractions import Fraction
@@ -1943,3 +1944,52 @@ def test_fuzzed_verdicts(tmp_path):
         load()
 
 
+
+# --------------------------------------------------------------------------------------- the house
+
+HOUSE = Path(__file__).resolve().parent
+MOST_LINES = {"relaxations.py": 700, "train.py": 650, "certify.py": 600, "gls.py": 200,
+              "README.md": 150}
+
+
+@pytest.mark.parametrize("name", MOST_LINES)
+def test_files_and_functions_keep_to_their_size(name):
+    text = (HOUSE / name).read_text()
+    lines = len(text.splitlines())
+    assert lines <= MOST_LINES[name]
+    tree = ast.parse(text if name.endswith(".py") else "")
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        lines = function.end_lineno - function.lineno + 1
+        assert lines <= 50, function.name
+        arguments = len(function.args.posonlyargs + function.args.args)
+        assert arguments <= 8, function.name
+
+
+def test_one_step_runs_few_lines_of_the_heart(tmp_path, monkeypatch):
+    """The second step of training by CROWN-IBP, in the ramp, with the fast path switched off."""
+    take_step, lines, steps = train.take_step, set(), []
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if HOUSE not in path.parents or path == Path(__file__):
+            return None                                # no event for the lines of this function
+        if event == "line":
+            lines.add((path.name, frame.f_lineno))
+        return note
+
+    def step(*args, **options):
+        steps.append(len(lines))
+        before = sys.gettrace()
+        sys.settrace(note if len(steps) == 2 else before)
+        try:
+            return take_step(*args, **options)
+        finally:
+            sys.settrace(before)
+
+    monkeypatch.setattr(relaxations, "FAST", False)
+    monkeypatch.setattr(train, "take_step", step)
+    assert command(train.main, "--net", "mlp", "--opt", "grad", "--relax", "crown-ibp",
+                   "--out", tmp_path / "run", *QUICK, "--ramp", 1) == 0
+    assert len(steps) == 3 and {"relaxations.py", "train.py"} <= {name for name, _ in lines}
+    count = len(lines)
+    assert count <= 300

@@ -43,6 +43,7 @@ from plumbing.data import CIFAR_STATISTICS
 os.environ["PYTHONWARNINGS"] = "ignore"              # torch.jit.script in auto_LiRPA
 warnings.simplefilter("ignore")
 CASES = {  # name: (data set, network, batch, training radius, images and epochs of training)
+    "digits": ("digits", "cnn3", 64, 0.1, 1437, 3),
     "cnn3": ("mnist", "cnn3", 64, 0.1, 2000, 3),
     "cnn3-256": ("mnist", "cnn3", 256, 0.1, 2000, 3),
     "cnn5": ("cifar10", "cnn5", 16, 2 / 255, 128, 2),

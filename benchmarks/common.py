@@ -91,7 +91,8 @@ def _resident(field):
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def _peak(prepare, args, device):
+def peak(prepare, args, device):
+    """As peak_memory, but in this process, which should be new: what it kept would not count."""
     warm_up, call = prepare(*args)
     warm_up()
     if device == "cuda":
@@ -112,7 +113,7 @@ def peak_memory(prepare, args, device):
     prepare(*args) -> (warm-up, call), at the top level of a module. None: it did not get there.
     """
     try:
-        return alone(_peak, prepare, args, device, device=device)
+        return alone(peak, prepare, args, device, device=device)
     except Exception:                                          # it failed, was too slow or killed
         return None
 
