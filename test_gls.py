@@ -33,7 +33,11 @@ import certify
 import gls
 import relaxations
 import train
+from plumbing.verdicts import unsealed
 from relaxations import margin_lower_bounds, preactivation_bounds
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+import self_check                                                                  # noqa: E402
 
 torch.set_num_threads(1)     # tiny networks: a second thread only spins
 RELAXATIONS = relaxations.RELAXATIONS[:3]     # alpha-crown, which is slow, has tests of its own
@@ -1468,18 +1472,18 @@ def test_ties_are_no_contradictions():
 
 
 def random_subdomain(net, x, y, eps, cuts, seed=0):
-    """A node with random cuts and random multipliers, slopes and target; its tables."""
+    """A node with random cuts and random multipliers, slopes and target; its problem."""
     g = torch.Generator().manual_seed(seed)
     bounds = preactivation_bounds(net, x, eps, "deeppoly")
-    l, u = (torch.cat([pair[side].flatten(1) for pair in bounds], 1) for side in (0, 1))
-    tables = certify._tables(net, x, y, eps, l, u)
-    unstable = ((l[0] < 0) & (u[0] > 0)).nonzero().flatten()
+    problem = certify.pose(net, x, y, eps, 1.0, bounds)
+    l, u = problem.l[0], problem.u[0]
+    unstable = ((l < 0) & (u > 0)).nonzero().flatten()
     neurons = unstable[torch.randperm(len(unstable), generator=g)[:cuts]]
     signs = torch.randint(0, 2, neurons.shape, generator=g).to(x) * 2 - 1
     multipliers = signs * torch.rand(neurons.shape, generator=g).to(x)
-    slopes = torch.rand(l[0].shape, generator=g).to(x)
-    return tables, certify.Node(-math.inf, 0, 0, (int(y[0]) + 1) % tables.rows.shape[1], neurons,
-                                signs, multipliers, slopes)
+    slopes = torch.rand(l.shape, generator=g).to(x)
+    target = (int(y[0]) + 1) % problem.rows.shape[1]
+    return problem, certify.Node(-math.inf, 0, target, neurons, signs, multipliers, slopes)
 
 
 def test_a_counterexample_contradicts_a_certificate_unless_both_are_a_tie():
@@ -1487,14 +1491,14 @@ def test_a_counterexample_contradicts_a_certificate_unless_both_are_a_tie():
     for p, value in zip(net.parameters(), (1.0, -0.5, torch.tensor([[1.0], [0.0]]), 0.0)):
         p[:] = value                                       # the margin of class 0 is relu(x - 1/2)
     x, y = torch.tensor([[0.8]]).double(), torch.tensor([0])
-    _, node = random_subdomain(net, x, y, 0.4, 0)
+    problem, node = random_subdomain(net, x, y, 0.4, 0)
     point = torch.tensor([[0.45]]).double()                # margin 0
     tree = certify.Tree(0, certify.Verdict("certified", "box", 1e-16), 1.0)
-    certify._try_points(net, x, y, 0.4, point, [node], [tree])
+    certify.try_points(problem, point, [node], [tree])
     assert tree.verdict.status == "attacked" and (tree.verdict.counterexample == point[0]).all()
     tree = certify.Tree(0, certify.Verdict("certified", "box", 0.1), 1.0)
     with pytest.raises(certify.ContradictionError, match="a bound is unsound"):
-        certify._try_points(net, x, y, 0.4, point, [node], [tree])
+        certify.try_points(problem, point, [node], [tree])
 
 
 @pytest.mark.parametrize("steps", [0, 10])
@@ -1507,25 +1511,25 @@ def test_bounds_of_subdomains_are_sound_inside_and_halves_cover_the_whole(name, 
     z = torch.cat([t.flatten(1) for t in relu_inputs(net, points)], 1)
     logits = net(points)
     for seed in range(30):
-        tables, node = random_subdomain(net, x, y, eps, seed % 4, seed)
+        problem, node = random_subdomain(net, x, y, eps, seed % 4, seed)
         margin = logits[:, y[0]] - logits[:, node.target]
-        sub = certify._subdomains(tables, [node])
-        low, slopes, multipliers = relaxations.subdomain_bounds(tables.stages, sub, steps)
+        sub = certify.subdomains(problem, [node])
+        low, slopes, multipliers = relaxations.subdomain_bounds(problem.stages, sub, steps)
         inside = (z[:, node.neurons] * node.signs >= 0).all(1)
         assert (margin[inside] >= low - 1e-9).all()
         found += int(inside.sum())
         again = sub._replace(slopes=slopes, multipliers=multipliers)         # they give that bound
-        assert torch.allclose(relaxations.subdomain_bounds(tables.stages, again)[0], low)
+        assert torch.allclose(relaxations.subdomain_bounds(problem.stages, again)[0], low)
         # Halves: no point of the whole is in neither, no bound is below that of the whole.
         node = node._replace(bound=low.item(), slopes=slopes[0],
                              multipliers=multipliers[0, node.neurons])
         free = [i for i in range(sub.l.shape[1]) if sub.l[0, i] < 0 < sub.u[0, i]]
         if free:
-            halves = list(certify._halves(node, free[0], iter(range(1, 9))))
+            halves = list(certify.halves(node, free[0]))
             sides = [(z[:, h.neurons] * h.signs >= 0).all(1) for h in halves]
             assert (sides[0] | sides[1])[inside].all() and not (sides[0] & sides[1] & ~inside).any()
             tree = certify.Tree(0, certify.Verdict(), 1.0)
-            bounded = certify._bounded(tables, tables, halves, [tree], math.inf, steps)
+            bounded = certify.raise_bounds(problem, problem, halves, [tree], steps)
             for half, side in zip(bounded, sides):
                 assert half.bound >= low.item() and (margin[side] >= half.bound - 1e-9).all()
     assert found > 10000
@@ -1569,12 +1573,12 @@ def test_beta_by_hand():
     net[2].weight[:] = torch.tensor([[0.0, 1.0], [0.0, 0.0]])              # margin: (x + 1) + bias
     net[2].bias[:] = torch.tensor([-1.25, 0.0])                            # = x - 1/4 = z
     x, y = torch.tensor([[0.5]]).double(), torch.tensor([0])
-    tables, node = random_subdomain(net, x, y, 0.5, 0)
+    problem, node = random_subdomain(net, x, y, 0.5, 0)
     def bound(sign, beta, steps=0):
         cut = node._replace(neurons=torch.tensor([0]), signs=torch.tensor([sign]).double(),
                             multipliers=torch.tensor([sign * beta]).double())
-        sub = certify._subdomains(tables, [cut])
-        return relaxations.subdomain_bounds(tables.stages, sub, steps)[0].item()
+        sub = certify.subdomains(problem, [cut])
+        return relaxations.subdomain_bounds(problem.stages, sub, steps)[0].item()
     assert bound(1, 0.0) == pytest.approx(-0.25)           # min over x in [0, 1] of x - 1/4
     assert bound(1, 0.5) == pytest.approx(-0.125)          # of (x - 1/4)(1 - 1/2)
     assert bound(1, 1.0) == pytest.approx(0.0)             # the minimum where z >= 0
@@ -1681,50 +1685,6 @@ def test_a_certified_and_attacked_sample_aborts(tmp_path, monkeypatch, capsys):
         train.evaluate(net, data.x_test[:60], data.y_test[:60], 0.5)
 
 
-def test_certify_saves_what_it_finds_and_continues_where_it_stopped(tmp_path, capsys):
-    run = tmp_path / "run"
-    assert command(train.main, "--out", run, *"--net mlp --relax box --opt grad --eps-train 0 "
-                   "--init default --subset 400 --test-subset 60 --epochs 12 --ramp 1 --lr 0.01 "
-                   "--batch-size 50".split()) == 0
-    assert command(certify.main, run, "--eps", 0.07) == 0
-    printed = capsys.readouterr().out
-    assert " 0 unknown = 60 samples" in printed and "branch-and-bound" in printed
-    path = next(run.glob("*.jsonl"))
-    (net, *_), data = train.load_run(run), train.load_dataset("digits")
-    attacked = 0
-    for row in map(json.loads, path.read_text().splitlines()[1:]):
-        assert abs(sum(row["seconds_by_stage"].values()) - row["seconds"]) < 1e-9
-        if row["status"] == "attacked":
-            i, attacked = row["index"], attacked + 1
-            point = torch.from_numpy(np.load(run / row["counterexample"], allow_pickle=False))
-            assert (point.double() - data.x_test[i].double()).abs().max() <= 0.07
-            assert net.double()(point[None].double()).argmax() != data.y_test[i]
-    assert attacked > 10
-    times = ("seconds", "seconds_by_stage", "crc")
-    strip = lambda: sorted(({k: v for k, v in json.loads(l).items() if k not in times} for l in
-                            path.read_text().splitlines()), key=lambda r: r.get("index", -1))
-    whole, text = strip(), path.read_bytes()
-    path.write_bytes(text[:len(text) // 2])                            # cut in the middle of a line
-    assert command(certify.main, run, "--eps", 0.07) == 0
-    assert "verdicts already in" in capsys.readouterr().out
-    for a, b in zip(strip(), whole, strict=True):  # other batches: other rounding, same verdicts
-        assert a.get("bound") == pytest.approx(b.get("bound"), abs=1e-3)
-        assert {**a, "bound": 0} == {**b, "bound": 0}
-    before = path.read_bytes()
-    assert command(certify.main, run, "--eps", 0.07, "--steps", 3) == 2    # other settings
-    assert path.read_bytes() == before and "holds other results" in capsys.readouterr().err
-
-
-def test_verdicts_of_other_weights_are_not_those_of_the_run(tmp_path, capsys, monkeypatch):
-    run = tmp_path / "run"
-    with monkeypatch.context() as m:
-        stop_at(m, (2,), signal.SIGTERM)
-        assert command(train.main, "--out", run, *QUICK) == 143
-    assert command(certify.main, run, "--stages", "box") == 0
-    assert command(certify.main, run, "--stages", "box") == 0          # the same: continued
-    assert command(train.main, "--resume", run) == 0
-    assert command(certify.main, run, "--stages", "box") == 2
-    assert "holds other results" in capsys.readouterr().err
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_is_not_lost(tmp_path, monkeypatch):
@@ -2017,7 +1977,7 @@ def test_processes_share_the_images_to_certify(tmp_path, monkeypatch):
     args = "run --eps 0.01 --samples 40 --restarts 1 --steps 5".split()
     assert command(certify.main, *args, "--out", "one.jsonl") == 0
     assert together(3, *args, "--out", "many.jsonl", main=certify.main) == [0] * 3
-    read = lambda path: [certify.unsealed(line) for line in Path(path).read_text().splitlines()]
+    read = lambda path: [unsealed(line) for line in Path(path).read_text().splitlines()]
     one, many = ({r["index"]: r["status"] for r in read(f"{name}.jsonl")[1:]}
                  for name in ("one", "many"))
     assert one == many and len(read("many.jsonl")) == 41 and len(set(one.values())) > 1
@@ -2050,29 +2010,29 @@ def test_no_thread_of_the_process_group_outlives_it(tmp_path):
 # ------------------------------------------------------------------------------------- self-check
 
 def test_the_self_check_finds_planted_errors(monkeypatch, capsys):
-    assert command(certify.main, "--self-check", 200) == 0
+    assert command(self_check.main, 200) == 0
     assert re.search(r"2\d\d checks, 0 contradictions", capsys.readouterr().out)
-    sound = certify.margin_lower_bounds
-    monkeypatch.setattr(certify, "margin_lower_bounds",
+    sound = self_check.margin_lower_bounds
+    monkeypatch.setattr(self_check, "margin_lower_bounds",
                         lambda *args, **options: sound(*args, **options) + 0.02)
-    assert command(certify.main, "--self-check", 200) != 0
+    assert command(self_check.main, 200) != 0
     assert "contradiction" in capsys.readouterr().out
     monkeypatch.undo()
-    bounds = certify.preactivation_bounds
-    monkeypatch.setattr(certify, "preactivation_bounds", lambda *args, **options: [
+    bounds = self_check.preactivation_bounds
+    monkeypatch.setattr(self_check, "preactivation_bounds", lambda *args, **options: [
         (l, u - 0.05 * (u - l)) for l, u in bounds(*args, **options)])
-    assert len(certify.self_check(200)[1]) > 3
+    assert len(self_check.self_check(200)[1]) > 3
     monkeypatch.undo()
-    monkeypatch.setattr(certify, "certify", lambda net, x, *args, **options: [
+    monkeypatch.setattr(self_check, "certify", lambda net, x, *args, **options: [
         certify.Verdict("certified", "box", 1.0, 0.0, index=i) for i in range(len(x))])
-    assert any("box" in c for c in certify.self_check(400)[1])
+    assert any("box" in c for c in self_check.self_check(400)[1])
 
 
 def test_no_certificate_in_float32_is_contradicted_in_float64():
     """Radii at which the float64 bound is within 1e-2 to 1e-9 of zero, on either side."""
     cases, signs = 0, []
     for seed in range(7):
-        net, x, y, _ = certify.random_problem(seed)
+        net, x, y, _ = self_check.random_problem(seed)
         wide, x64, _ = train.in_float64(net, x, y)
         for relax in RELAXATIONS:
             low, high = torch.zeros(len(x)).double(), torch.ones(len(x)).double()
@@ -2186,27 +2146,6 @@ def test_fuzzed_checkpoint(tmp_path):
         assert training["done"] == 1 and config["relax"] == "box"
     fuzz(tmp_path / "run/checkpoint.pt", lambda: train.load_run(tmp_path / "run"), check)
 
-
-def test_fuzzed_verdicts(tmp_path):
-    path, header = tmp_path / "certify.jsonl", dict(run="r", eps=0.1)
-    known, file = certify.open_log(path, header)
-    rows = [dict(index=i, status="certified", stage="box", bound=i / 7, seconds=0.25,
-                 seconds_by_stage={"box": 0.25}) for i in range(20)]
-    with file:
-        for row in rows:
-            print(certify.sealed(row), file=file)
-    def load():
-        known, file = certify.open_log(path, header)
-        file.close()
-        return known
-    def check(known, _):
-        assert all((v.status, v.bound) == ("certified", i / 7) for i, v in known.items())
-        assert set(known) <= set(range(20))
-    assert len(load()) == 20
-    fuzz(path, load, check)
-    path.write_text("[" * 10 ** 5 + "\n")
-    with pytest.raises(train.InputError, match="damaged"):
-        load()
 
 
 def test_bombs_and_foreign_paths(tmp_path):
