@@ -51,7 +51,7 @@ import numpy as np
 import torch
 from torch.func import jacrev
 
-from plumbing.verdicts import gather, open_share, sealed
+from plumbing.verdicts import gather, open_share, save_point, write_down
 from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
 from train import (CERTIFY, CLOSE, InputError, Parser, Progress, attack, ball, certified_margin,
@@ -151,12 +151,13 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     stages = list(stages)
     timeout = math.inf if timeout is None else timeout
     tolerance = math.inf if tolerance is None else tolerance
-    check_settings(stages, eps, tolerance, timeout=timeout, batch=batch, steps=steps, seed=seed,
+    check_settings(stages, eps, timeout, tolerance, batch=batch, steps=steps, seed=seed,
                    restarts=0 if restarts is None else restarts)
     check_samples(net, x, y)
     if not len(x):
         return []
-    net, x, y = deepcopy(net).requires_grad_(False), x.clone(), y.clone().long()
+    net = deepcopy(net).requires_grad_(False)
+    x, y = x.clone(), y.clone().long()
     if tolerance < math.inf:
         net, x, y = in_float64(net, x, y)
     restarts = net(x[:1]).shape[-1] if restarts is None else restarts
@@ -168,42 +169,34 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     return verdicts
 
 
-def check_settings(stages, eps, tolerance, **others):
-    """Raises ValueError for settings that make no sense. NaN passes no comparison."""
-    unknown = [stage for stage in stages if stage not in STAGES]
-    if unknown:
-        raise ValueError(f"stages {unknown} are unknown; there are {', '.join(STAGES)}")
-    if not is_number(eps) or not 0 <= eps < math.inf:
-        raise ValueError(f"eps={eps} is no radius in pixels, one number with 0 <= eps < infinity")
-    if not is_number(tolerance) or not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance} has to be a number > 0")
-    for name, value in others.items():
-        least = 1 if name == "batch" else 0
-        if not is_number(value) or not value >= least:
-            raise ValueError(f"{name}={value} has to be a number >= {least}")
-        if name != "timeout" and value != int(min(value, 2 ** 63)):
-            raise ValueError(f"{name}={value} has to be a whole number")
-
-
-def is_number(value):
-    """One real number; a tensor with one element counts."""
+def check_settings(stages, eps, timeout, tolerance, **whole):
+    """Raises ValueError for settings that make no sense. NaN makes none: no comparison is true."""
     try:
-        float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return not isinstance(value, str)
+        fine = set(stages) <= set(STAGES) and 0 <= eps < math.inf
+        fine = fine and timeout >= 0 and tolerance > 0 and whole["batch"] >= 1
+        fine = fine and all(int(n) == n >= 0 for n in whole.values())
+    except (TypeError, ValueError, RuntimeError, OverflowError):       # several numbers, or none
+        fine = False
+    if not fine:
+        given = dict(eps=eps, timeout=timeout, tolerance=tolerance, **whole, stages=stages)
+        raise ValueError(f"certify takes a radius 0 <= eps < infinity, timeout >= 0, tolerance > 0,"
+                         f" whole numbers >= 0 (batch >= 1), and stages of {', '.join(STAGES)}; "
+                         f"got {given}")
 
 
 @torch.no_grad()
 def check_samples(net, x, y):
     """Raises ValueError, in the words of the bounds, for what they refuse; and for a network that
     bounds and forward pass take for two: at eps 0 they have to give the same margins."""
-    if not torch.is_tensor(x) or not torch.is_tensor(y) or x.dim() < 2 or y.shape != x.shape[:1]:
+    tensors = torch.is_tensor(x) and torch.is_tensor(y)
+    if not tensors or x.dim() < 2 or y.shape != x.shape[:1]:
         raise ValueError("x has to be a tensor of images (n, ...), y one of their labels (n,)")
+    if not len(x):
+        return
     # If the bounds take the images with the lowest and the highest pixel, and the smallest and the
     # largest label, they take all.
-    pixels = x.flatten(1)
-    few = x[torch.stack([pixels.amin(1).argmin(), pixels.amax(1).argmax()])]
+    lowest, highest = x.flatten(1).amin(1), x.flatten(1).amax(1)
+    few = x[torch.stack([lowest.argmin(), highest.argmax()])]
     labels = torch.stack(y.aminmax())
     K = margin_lower_bounds(net, few, labels, 0.0, "box").shape[1]
     if K < 2:
@@ -328,11 +321,15 @@ class Tree:
     def bound(self):
         return min(self.proved, self.heap[0][0] if self.heap else math.inf)
 
-    def pop(self, limit):
-        """The worst node; if more than limit are waiting, the last of the heap: mostly a young one,
-        so that the tree grows in depth and the heap no further."""
-        entry = heapq.heappop(self.heap) if len(self.heap) <= limit else self.heap.pop()
-        return entry[-1]
+    def pop(self, most, limit):
+        """The worst nodes; while more than limit are waiting, the last of the heap: mostly young
+        ones, so that the tree grows in depth and the heap no further."""
+        nodes = []
+        while self.heap and len(nodes) < most:
+            full = len(self.heap) > limit
+            entry = self.heap.pop() if full else heapq.heappop(self.heap)
+            nodes.append(entry[-1])
+        return nodes
 
     def add(self, node):
         if node.bound > self.goal():
@@ -384,8 +381,10 @@ def roots(net, x, y, settings, verdicts, upper):
     trees = [Tree(i, v, margin / unit, settings.tolerance / unit)
              for i, (v, margin) in enumerate(zip(verdicts, upper))]
     slopes, none = adaptive(problem.l, problem.u), torch.zeros(0)
-    nodes = [Node(v.bound / unit, i, k, none.long(), none, none, slopes[i])
-             for i, v in enumerate(verdicts) for k in range(problem.rows.shape[1]) if k != y[i]]
+    nodes = []
+    for i, v in enumerate(verdicts):
+        others = [k for k in range(problem.rows.shape[1]) if k != y[i]]
+        nodes += [Node(v.bound / unit, i, k, none.long(), none, none, slopes[i]) for k in others]
     for start in range(0, len(nodes), 4 * WIDTH):
         part = nodes[start:start + 4 * WIDTH]
         for node in raise_bounds(problem, exact, part, trees, STEPS):
@@ -397,12 +396,14 @@ def pose(net, x, y, eps, unit, bounds):
     """The problem in the dtype of x. bounds: of the pre-activations, in float64."""
     stages = read_network(net, x.shape[1:])[0]
     sizes = [l[0].numel() for l, _ in bounds]
-    none = x.new_zeros(len(x), 0)
-    l = torch.cat([none, *(low.flatten(1).to(x) for low, _ in bounds)], 1)
-    u = torch.cat([none, *(high.flatten(1).to(x) for _, high in bounds)], 1)
-    ball_ = [(x - eps).clamp(min=0), (x + eps).clamp(max=1)]
-    box = [end.flatten(1)[None] for end in ball_]
-    bias, logits = pinned_forward(stages, torch.zeros_like(l[:1]), torch.zeros_like(box[0][0, :1]))
+    l = u = x.new_zeros(len(x), 0)
+    for low, high in bounds:
+        l = torch.cat([l, low.flatten(1).to(x)], 1)
+        u = torch.cat([u, high.flatten(1).to(x)], 1)
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    box = [low.flatten(1)[None], high.flatten(1)[None]]
+    nothing = torch.zeros_like(box[0][0, :1])
+    bias, logits = pinned_forward(stages, torch.zeros_like(l[:1]), nothing)
     eye = torch.eye(logits.shape[1], dtype=x.dtype, device=x.device)
     rows = (eye[y][:, None] - eye) / unit
     return Problem(net, x, y, eps, unit, stages, sizes, box, l, u, rows, bias[0])
@@ -412,8 +413,9 @@ def split_worst(problem, exact, trees, active):
     """Cut the worst nodes of the active trees and bound their halves. How many of each tree."""
     quota = max(1, WIDTH // len(active))
     limit = STORE // (TREES * max(1, problem.l.shape[1]))
-    nodes = [tree.pop(limit) for tree in active for _ in range(min(quota, len(tree.heap)))]
-    neurons, bounds, points = branch(problem, nodes, [trees[n.sample].goal() for n in nodes])
+    nodes = [node for tree in active for node in tree.pop(quota, limit)]
+    goals = [trees[node.sample].goal() for node in nodes]
+    neurons, bounds, points = branch(problem, nodes, goals)
     try_points(problem, points, nodes, active)
     cut = [i for i, neuron in enumerate(neurons) if neuron is not None]
     if cut:
@@ -471,7 +473,8 @@ def raise_bounds(problem, exact, nodes, trees, steps, first=None):
     if sure:
         again = subdomains(exact, [nodes[i] for i in sure])
         low[sure] = subdomain_bounds(exact.stages, again)[0].cpu()
-    return [node._replace(bound=max(node.bound, bound)) for node, bound in zip(nodes, low.tolist())]
+    low = low.tolist()
+    return [node._replace(bound=max(node.bound, b)) for node, b in zip(nodes, low)]
 
 
 def branch(problem, nodes, goals):
@@ -491,10 +494,11 @@ def branch(problem, nodes, goals):
         return [None] * len(nodes), [None] * len(nodes), points
     tried = candidates(sub, torch.cat(trace[1:], 1), problem.bias, unstable)   # (n, 2k)
     bounds = bounds_of_halves(problem, sub, tried)                             # (n, 2k, 2)
-    enough = torch.tensor(goals).to(low)[:, None, None]        # more gain than that is no use
-    gains = (bounds.minimum(enough) - low[:, None, None]).clamp(min=LEAST_GAIN).prod(-1)
-    best = gains.where(unstable.gather(1, tried), -1).argmax(1)
-    best = torch.arange(len(nodes), device=best.device), best
+    enough = torch.tensor(goals).to(low)                       # a bound above it is no better
+    gains = bounds.minimum(enough[:, None, None]) - low[:, None, None]
+    score = gains.clamp(min=LEAST_GAIN).prod(-1)
+    choice = score.where(unstable.gather(1, tried), -1).argmax(1)
+    best = torch.arange(len(nodes), device=low.device), choice
     neurons = [j if unstable[i, j] else None for i, j in enumerate(tried[best].tolist())]
     return neurons, bounds[best].tolist(), points
 
@@ -544,15 +548,15 @@ def try_points(problem, points, nodes, trees):
     low, high = ball(problem.x[sample], problem.eps)
     points = points.to(low).view(low.shape).clamp(low, high)
     logits = problem.net(points)
-    margins = smallest(logits.gather(1, y[:, None]) - logits, y) / problem.unit
-    margins = margins.tolist()
+    margins = smallest(logits.gather(1, y[:, None]) - logits, y)
+    margins = (margins / problem.unit).tolist()
     for tree in trees:
         mine = [i for i, node in enumerate(nodes) if node.sample == tree.sample]
         i = min(mine, key=margins.__getitem__, default=None)
         if i is None or margins[i] > tree.upper + CLOSE * max(1.0, abs(tree.upper)):
             continue
-        margin = forward_margin(problem.net, points[i:i + 1], y[i:i + 1]).item() / problem.unit
-        tree.upper = min(tree.upper, margin)
+        margin = forward_margin(problem.net, points[i:i + 1], y[i:i + 1]).item()
+        tree.upper = min(tree.upper, margin / problem.unit)
         if margin <= 0:
             tree.verdict.refute("branch-and-bound", points[i], problem.unit)
 
@@ -566,16 +570,19 @@ def settle_linear(exact, node):
     """
     free = node._replace(multipliers=torch.zeros_like(node.multipliers))
     sub = subdomains(exact, [free])
-    signs, active = sub.signs[0, node.neurons], (sub.u > -sub.l).to(sub.l)
+    signs = sub.signs[0, node.neurons]
+    active = (sub.u > -sub.l).to(sub.l)
 
     def outputs(x):
         z, logits = pinned_forward(exact.stages, active, x[None])
-        return torch.cat([signs * z[0, node.neurons], (sub.rows * logits).sum(1)])
+        margin = (sub.rows * logits).sum(1)
+        return torch.cat([signs * z[0, node.neurons], margin])
 
     low, high = (end[0, 0] for end in sub.box)
-    values, J = outputs(low), jacrev(outputs)(low)
-    program = J[-1], J[:-1], J[:-1] @ low - values[:-1], low, high
-    x, tries = linear_program(*(t.cpu().numpy() for t in program))
+    J = jacrev(outputs)(low)
+    c, G = J[-1], J[:-1]
+    h = G @ low - outputs(low)[:-1]
+    x, tries = linear_program(*(t.cpu().numpy() for t in (c, G, h, low, high)))
     bound = -math.inf
     for beta in tries:
         sub.multipliers[0, node.neurons] = signs * torch.from_numpy(beta).to(signs)
@@ -602,8 +609,8 @@ def summary(verdicts, stages):
     spent = sum((Counter(v.seconds_by_stage) for v in verdicts), Counter())
     seconds = [f"{stage} {spent[stage]:.1f}" for stage in ("attack", *STAGES) if stage in spent]
     lines.append("  seconds: " + ", ".join(seconds))
-    lines.append("  " + " + ".join(f"{counts[s]} {s}" for s in STATUSES) + f" = {n} samples, "
-                 f"{sum(v.seconds for v in verdicts):.1f} s")
+    total = " + ".join(f"{counts[status]} {status}" for status in STATUSES)
+    lines.append(f"  {total} = {n} samples, {sum(v.seconds for v in verdicts):.1f} s")
     return lines
 
 
@@ -613,13 +620,6 @@ def newest_run(root="runs"):
         raise InputError(f"no run found under {root}/; train one with python train.py, or name its "
                          "folder")
     return runs[-1].parent
-
-
-def row_of(v, index, label):
-    """A verdict as a line of the file of verdicts."""
-    return dict(index=index, label=label, status=v.status, stage=v.stage,
-                bound=v.bound if v.bound > -math.inf else None, seconds=v.seconds,
-                seconds_by_stage=v.seconds_by_stage)
 
 
 def verdict_of(row):
@@ -681,10 +681,19 @@ def certify_run(net, config, data, folder, args, device):
     already = f", {len(known)} verdicts already in {path}" if known else ""
     print(f"{folder}: {config['net']} trained by {config['relax']}, {config['opt']}; "
           f"eps {eps:.4g}; {n} test images{already}")
-    points, show = path.with_suffix(".counterexamples"), Progress()
-    labels = data.y_test[todo]
-    report = reporter(known, file, todo, labels.tolist(), n, points, show)
-    x, y = data.x_test[todo].to(device), labels.to(device)
+    points = path.with_suffix(".counterexamples")
+    show, begun, numbers = Progress(), time.time(), itertools.count(1)
+
+    def report(v):
+        i, done = todo[v.index], next(numbers)
+        known[i] = v
+        write_down(v, i, int(data.y_test[i]), file, points)
+        counts = Counter(v.status for v in known.values())
+        shown = "  ".join(f"{counts[status]} {status}" for status in STATUSES)
+        left = (time.time() - begun) / done * (len(todo) - done)
+        show(f"{len(known)}/{n}  {shown}  {duration(left)} left")
+
+    x, y = data.x_test[todo].to(device), data.y_test[todo].to(device)
     with file:
         try:
             certify(net, x, y, eps, batch=args.batch_size, report=report, **settings)
@@ -698,33 +707,6 @@ def certify_run(net, config, data, folder, args, device):
     show.done(f"verdicts in {path}, counterexamples in {points}:")
     if ranks()[0] == 0:
         print("\n".join(summary([known[i] for i in range(n)], settings["stages"])))
-
-
-def reporter(known, file, todo, labels, n, points, show):
-    """report(v) for certify: writes each verdict down as soon as it is known, and shows counts."""
-    begun, numbers = time.time(), itertools.count(1)
-
-    def report(v):
-        i, done = todo[v.index], next(numbers)
-        known[i] = v
-        row = row_of(v, i, labels[v.index])
-        if v.counterexample is not None:
-            row["counterexample"] = f"{points.name}/{i}.npy"
-            save_point(points, i, v.counterexample)
-        print(sealed(row), file=file, flush=True)
-        counts = Counter(v.status for v in known.values())
-        shown = "  ".join(f"{counts[status]} {status}" for status in STATUSES)
-        left = (time.time() - begun) / done * (len(todo) - done)
-        show(f"{len(known)}/{n}  {shown}  {duration(left)} left")
-
-    return report
-
-
-def save_point(folder, name, point):
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.npy"
-    np.save(path, point.cpu().numpy())
-    return path
 
 
 # ------------------------------------------------------------------------- a linear program exactly
@@ -759,7 +741,8 @@ def linear_program(c, G, h, low, high):
             return x[:n], [price[n:].clip(0) / size]
         up = 1 if v[r] < lo[basic[r]] else -1              # where basic variable r has to go
         helps = up * T[r] * np.where(top, -1, 1)           # what moving each from its end does
-        ratio = np.where(helps > tiny, np.abs(T[m]) / np.maximum(helps, tiny), np.inf)
+        cost = np.abs(T[m]) / np.maximum(helps, tiny)
+        ratio = np.where(helps > tiny, cost, np.inf)
         j = ratio.argmin() if n else 0
         if not np.isfinite(ratio[j]):                      # nothing helps: row r is a proof
             proof = np.zeros(n + m)

@@ -4,8 +4,10 @@ The first line has the settings; a file is continued with the same settings only
 processes each writes a file of its own, PATH.1, PATH.2, ..., which the first gathers into PATH.
 """
 import json
+import math
 import zlib
 
+import numpy as np
 import torch.distributed as dist
 
 from train import InputError, claim, ranks
@@ -89,3 +91,21 @@ def gather(path, header, known, file, read=dict):
         dist.barrier()
     if rank == 0:
         merge(path, header, known, file, read)
+
+
+def write_down(v, index, label, file, points):
+    """Append a verdict to the file, and save its counterexample, if any, in the folder points."""
+    row = dict(index=index, label=label, status=v.status, stage=v.stage,
+               bound=v.bound if v.bound > -math.inf else None, seconds=v.seconds,
+               seconds_by_stage=v.seconds_by_stage)
+    if v.counterexample is not None:
+        save_point(points, index, v.counterexample)
+        row["counterexample"] = f"{points.name}/{index}.npy"
+    print(sealed(row), file=file, flush=True)
+
+
+def save_point(folder, name, point):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.npy"
+    np.save(path, point.cpu().numpy())
+    return path
