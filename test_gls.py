@@ -1436,10 +1436,9 @@ def test_complete_verdicts_and_minimum_margins_equal_an_oracle(sizes, oracle):
     assert statuses == {"certified", "attacked"} and "branch-and-bound" in stages
 
 
-@pytest.mark.parametrize("seed", [36, 65, *range(6)])
-def test_float32_networks_near_zero_are_settled_as_in_float64(seed):
-    """Large biases that cancel leave float32 with errors of 1e-4; the minimum of image 0 is 0, or
-    up to 2e-5 below. No wrong certificate, and no false alarm about a contradiction."""
+def biased(seed):
+    """A float32 network with large biases that cancel: errors of 1e-4. The minimum of image 0 is 0,
+    or up to 2e-5 below."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(1, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     net.eval().requires_grad_(False)
@@ -1447,8 +1446,16 @@ def test_float32_networks_near_zero_are_settled_as_in_float64(seed):
         layer.weight *= 4 + 4 * (seed % 2)
     net[2].bias += (30.0, 100.0, 300.0)[seed % 3]
     x, y, eps = torch.rand(6, 1), torch.zeros(6).long(), 0.5
+    minimum = minimum_on_a_line(deepcopy(net).double(), x[0].double(), 0, eps)
+    net[4].bias[0] -= minimum + (seed % 3) * 1e-5
+    return net, x, y, eps
+
+
+@pytest.mark.parametrize("seed", [36, 65, *range(6)])
+def test_float32_networks_near_zero_are_settled_as_in_float64(seed):
+    """No wrong certificate, and no false alarm about a contradiction."""
+    net, x, y, eps = biased(seed)
     double = lambda: deepcopy(net).double()
-    net[4].bias[0] -= minimum_on_a_line(double(), x[0].double(), 0, eps) + (seed % 3) * 1e-5
     for stages in (["branch-and-bound"], certify.STAGES):
         verdicts = certify.certify(net, x, y, eps, restarts=1, stages=stages, timeout=5)
         for i, v in enumerate(verdicts):
@@ -1663,6 +1670,167 @@ def test_linear_programs_by_brute_force():
             infeasible += 1
             assert x is None and dual > 1e3
     assert 20 < infeasible < 280
+
+
+def one_neuron(weight, bias, out, out_bias, dtype=torch.float64):
+    """z = weight x + bias, and logits out relu(z) + out_bias of a single pixel x."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, len(out))).to(dtype).eval()
+    with torch.no_grad():
+        net[0].weight[:], net[0].bias[:] = weight, bias
+        net[2].weight[:, 0], net[2].bias[:] = torch.tensor(out), torch.tensor(out_bias)
+    return net.requires_grad_(False)
+
+
+def test_a_case_that_only_the_ascent_certifies():
+    """z = 1.1 x - 1/2 in [-0.5, 0.6], so DeepPoly's lower line is z; the best one is 0. The margin
+    relu(z) + 1 is positive with both, and relu(z) + 0.1 with the best only: neither may the ascent
+    be left out, nor stop as soon as one of the two is positive."""
+    net = one_neuron(1.1, -0.5, [1.0, 0.0, 0.0], [0.0, -1.0, -0.1])
+    x, y = torch.tensor([[0.5]]).double(), torch.tensor([0])
+    run = lambda *stages: certify.certify(net, x, y, 0.5, stages=stages, restarts=0)[0]
+    assert run("deeppoly").status == "unknown"
+    assert run("deeppoly").bound == pytest.approx(-0.4)
+    v = run("alpha-crown")
+    assert (v.status, v.stage) == ("certified", "alpha-crown") and 0 < v.bound <= 0.1
+
+
+def test_a_margin_of_exactly_zero_is_no_certificate():
+    net = one_neuron(1.0, -0.5, [1.0, 0.0], [0.0, 0.0], torch.float32)     # relu(x - 1/2)
+    x, y = torch.tensor([[0.75], [0.25]]), torch.tensor([0, 0])
+    for stages in ([], certify.STAGES):
+        found, already = certify.certify(net, x, y, 0.5, stages=stages, restarts=1)
+        assert (found.status, found.stage) == ("attacked", "attack")
+        assert train.forward_margin(net, found.counterexample[None], y[:1]) == 0
+        assert (already.status, already.stage) == ("misclassified", "forward")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_tolerance_is_kept_in_float64_whatever_the_network_is_in(seed):
+    net, x, y, eps = biased(seed)
+    for v, pixel in zip(certify.certify(net, x, y, eps, restarts=0, tolerance=1e-7), x):
+        minimum = minimum_on_a_line(deepcopy(net).double(), pixel.double(), 0, eps)
+        if v.status != "misclassified":
+            assert v.bound <= minimum + 1e-10 and minimum <= v.bound + 1e-7
+
+
+def test_a_cut_neuron_is_bounded_by_zero_on_its_side_and_others_are_left_alone():
+    net, x, y = make("mlp", batch=1)
+    problem, node = random_subdomain(net.requires_grad_(False), x, y, 0.2, 4)
+    node = node._replace(signs=torch.tensor([1.0, -1, -1, 1]).double())
+    sub = certify.subdomains(problem, [node, node._replace(signs=-node.signs)])
+    l, u = problem.l.repeat(2, 1), problem.u.repeat(2, 1)
+    for j, sign in zip(node.neurons.tolist(), node.signs.tolist()):
+        active, other = (0, 1) if sign > 0 else (1, 0)
+        assert l[0, j] < 0 < u[0, j]                       # z >= 0 on one side, z <= 0 on the other
+        l[active, j], u[other, j] = 0, 0
+        assert sub.signs[active, j] == 1 and sub.signs[other, j] == -1
+    assert torch.equal(sub.l, l) and torch.equal(sub.u, u)
+    assert (sub.signs != 0).sum() == 8
+
+
+def trained_on_digits(*layers):
+    torch.manual_seed(0)
+    net, data = nn.Sequential(*layers), train.load_dataset("digits")
+    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
+    for _ in range(6):
+        for i in torch.randperm(len(data.x_train)).split(50):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(data.x_train[i]), data.y_train[i]).backward()
+            optimizer.step()
+    return net.eval().requires_grad_(False), data.x_test, data.y_test
+
+
+UNITS = {  # radius, layers
+    "mlp": lambda: (0.08, [nn.Flatten(), nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(),
+                           nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 10)]),
+    "conv": lambda: (0.1, [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
+                           nn.ReLU(), nn.Flatten(), nn.Linear(128, 20), nn.ReLU(),
+                           nn.Linear(20, 10)]),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, monkeypatch):
+    eps, layers = UNITS[name]()
+    net, x, y = trained_on_digits(*layers)
+    bounds, rows = certify.subdomain_bounds, [0]
+
+    def counted(stages, sub, *args, **options):
+        rows[0] += len(sub.rows)
+        return bounds(stages, sub, *args, **options)
+
+    monkeypatch.setattr(certify, "subdomain_bounds", counted)
+
+    def verdicts(factor):
+        scaled, rows[0] = deepcopy(net), 0
+        scaled[-1].weight *= factor
+        scaled[-1].bias *= factor
+        return certify.certify(scaled, x[:25], y[:25], eps, restarts=2), rows[0]
+
+    ours, work = verdicts(1.0)
+    assert sum(v.stage == "branch-and-bound" for v in ours) > 2 and work > 300
+    for factor in (2.0 ** -20, 2.0 ** 20, 1e-6, 1e6):
+        theirs, more = verdicts(factor)
+        assert [v.status for v in theirs] == [v.status for v in ours]
+        assert 0.7 * work < more < 1.4 * work
+        if math.log2(factor) % 1 == 0:
+            assert [v.stage for v in theirs] == [v.stage for v in ours]
+            for a, b in zip(ours, theirs):
+                assert b.bound / factor == pytest.approx(a.bound, rel=1e-4)
+
+
+def test_rounding_is_no_contradiction_whatever_the_unit_of_the_margins():
+    for unit in (1.0, 2.0 ** -30, 2.0 ** 30):
+        for bound, wrong in ((1e-9 * unit, False), (1e-3 * unit, True)):
+            proved, refuted = certify.Verdict("certified", "box", bound), certify.Verdict("attacked")
+            for call in (lambda: proved.refute("attack", torch.zeros(1), unit),
+                         lambda: refuted.prove("box", bound, unit)):
+                if wrong:
+                    with pytest.raises(certify.ContradictionError, match="a bound is unsound"):
+                        call()
+                else:
+                    call()
+            assert refuted.status == "attacked" and (wrong or proved.status == "attacked")
+
+
+# ------------------------------------------------------------------- what certify refuses, at once
+
+@pytest.mark.parametrize("change", [
+    dict(eps=-0.1), dict(eps=math.nan), dict(eps=math.inf), dict(eps=None), dict(eps="0.1"),
+    dict(eps=torch.tensor([0.1, 0.2])), dict(timeout=math.nan), dict(timeout=-1.0),
+    dict(batch=0), dict(batch=-1), dict(batch=2.5), dict(steps=-1), dict(steps=math.nan),
+    dict(restarts=-1), dict(restarts=math.inf), dict(seed=-1), dict(tolerance=0.0),
+    dict(tolerance=math.nan), dict(stages=["deep-poly"]), dict(stages="box"),
+    dict(y=[0, 1, 2]), dict(y=torch.zeros(2).long()), dict(y=torch.zeros(3)),
+    dict(y=torch.zeros(3, 4).long()), dict(y=torch.tensor([0, 1, 4])), dict(y=torch.tensor([-1] * 3)),
+    dict(x=torch.rand(3, 6) + 0.5), dict(x=torch.full((3, 6), torch.nan)), dict(x=torch.rand(6)),
+    dict(x=(torch.rand(3, 6) - 0.5) / 0.25), dict(x=np.zeros((3, 6))), dict(x=torch.rand(3, 1, 6)),
+    dict(x=(255 * torch.rand(3, 6)).byte()), dict(x=torch.rand(3, 6).double())], ids=str)
+def test_nonsense_is_refused_before_the_first_stage(change, monkeypatch):
+    net, _, y = make("mlp", dtype=torch.float32)
+    arguments = dict(net=net, x=torch.rand(3, 6), y=y, eps=0.1) | change
+    monkeypatch.setattr(certify, "certify_batch", None)
+    with pytest.raises(ValueError):
+        certify.certify(**arguments)
+
+
+def test_what_bounds_refuse_is_refused_in_their_words_and_before_the_attack(monkeypatch):
+    monkeypatch.setattr(certify, "certify_batch", None)
+    net, x, y = make("mlp", dtype=torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = deepcopy(net).to(dtype), x.to(dtype)
+        with pytest.raises(ValueError, match="all float32 or all float64"):
+            margin_lower_bounds(*half, y, 0.1)
+        with pytest.raises(ValueError, match="all float32 or all float64"):
+            certify.certify(*half, y, 0.1)
+    unsupported = nn.Sequential(nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"layer 1 \(Sigmoid\)"):
+        certify.certify(unsupported, x, (unsupported(x).argmax(1) + 1) % 4, 0.1)
+    with pytest.raises(ValueError, match="a margin is between two"):
+        certify.certify(nn.Sequential(nn.Linear(6, 1)), x, torch.zeros(3).long(), 0.1)
+    net[1].forward = lambda z: z.clamp(min=-0.1)           # the network that runs is another one
+    with pytest.raises(ValueError, match="bounds and forward pass"):
+        certify.certify(net, x, y, 0.1)
 
 
 # ------------------------------------------------------------- certify.py from the command line
