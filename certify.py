@@ -157,7 +157,7 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     if not len(x):
         return []
     net = deepcopy(net).requires_grad_(False)
-    x, y = x.clone(), y.clone().long()
+    x, y = x.clone(), y.clone().to(x.device, torch.long)
     if tolerance < math.inf:
         net, x, y = in_float64(net, x, y)
     restarts = net(x[:1]).shape[-1] if restarts is None else restarts

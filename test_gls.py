@@ -1420,17 +1420,20 @@ def test_complete_verdicts_and_minimum_margins_equal_an_oracle(sizes, oracle):
     stages, statuses = set(), set()
     for seed in range(8):
         net, eps = rough_mlp(sizes, seed), (0.05, 0.2, 0.5)[seed % 3]
+        unit = (1.0, 2.0 ** 20)[seed % 2]                  # of the logits
+        net[-1].weight *= unit
+        net[-1].bias *= unit
         x = torch.rand(15, sizes[0], dtype=torch.float64)
         y = net(x).argmax(1)
         minimum = [oracle(net, a, b, eps) for a, b in zip(x, y.tolist())]
-        exact = certify.certify(net, x, y, eps, restarts=0, tolerance=1e-5)
+        exact = certify.certify(net, x, y, eps, restarts=0, tolerance=1e-5 * unit)
         signs = certify.certify(deepcopy(net).float(), x.float(), y, eps, restarts=0)
         for v, w, m in zip(exact, signs, minimum):
             want = "certified" if m > 0 else "attacked"
-            if min(abs(m), 1) > 1e-6:                      # float32 inputs are not quite these
+            if abs(m) > 1e-6 * unit:                       # float32 inputs are not quite these
                 assert v.status == w.status == want
-            assert v.bound <= m + 1e-12 and m <= v.bound + 1e-5
-            assert w.bound <= m + 1e-5
+            assert v.bound <= m + 1e-12 * unit and m <= v.bound + 1e-5 * unit
+            assert w.bound <= m + 1e-5 * unit
             stages |= {v.stage, w.stage}
             statuses |= {v.status}
     assert statuses == {"certified", "attacked"} and "branch-and-bound" in stages
@@ -1704,17 +1707,13 @@ def test_a_margin_of_exactly_zero_is_no_certificate():
         assert (already.status, already.stage) == ("misclassified", "forward")
 
 
-@pytest.mark.parametrize("factor", [1.0, 2.0 ** 20])
-@pytest.mark.parametrize("seed", range(4))
-def test_a_tolerance_is_kept_in_float64_whatever_the_network_is_in(seed, factor):
+@pytest.mark.parametrize("seed", range(6))
+def test_a_tolerance_is_kept_in_float64_whatever_the_network_is_in(seed):
     net, x, y, eps = biased(seed)
-    net[4].weight *= factor
-    net[4].bias *= factor
-    tolerance = 1e-7 * factor
-    for v, pixel in zip(certify.certify(net, x, y, eps, restarts=0, tolerance=tolerance), x):
+    for v, pixel in zip(certify.certify(net, x, y, eps, restarts=0, tolerance=1e-7), x):
         minimum = minimum_on_a_line(deepcopy(net).double(), pixel.double(), 0, eps)
         if v.status != "misclassified":
-            assert v.bound <= minimum + 1e-3 * tolerance and minimum <= v.bound + tolerance
+            assert v.bound <= minimum + 1e-10 and minimum <= v.bound + 1e-7
 
 
 def test_a_cut_neuron_is_bounded_by_zero_on_its_side_and_others_are_left_alone():
@@ -1732,31 +1731,25 @@ def test_a_cut_neuron_is_bounded_by_zero_on_its_side_and_others_are_left_alone()
     assert (sub.signs != 0).sum() == 8
 
 
-def trained_on_digits(*layers):
-    torch.manual_seed(0)
-    net, data = nn.Sequential(*layers), train.load_dataset("digits")
-    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-    for _ in range(6):
-        for i in torch.randperm(len(data.x_train)).split(50):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(data.x_train[i]), data.y_train[i]).backward()
-            optimizer.step()
-    return net.eval().requires_grad_(False), data.x_test, data.y_test
-
-
 UNITS = {  # radius, layers
-    "mlp": lambda: (0.08, [nn.Flatten(), nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(),
+    "mlp": lambda: (0.04, [nn.Flatten(), nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(),
                            nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 10)]),
-    "conv": lambda: (0.1, [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
-                           nn.ReLU(), nn.Flatten(), nn.Linear(128, 20), nn.ReLU(),
-                           nn.Linear(20, 10)]),
+    "conv": lambda: (0.06, [nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1),
+                            nn.ReLU(), nn.Flatten(), nn.Linear(64, 20), nn.ReLU(),
+                            nn.Linear(20, 10)]),
 }
 
 
 @pytest.mark.parametrize("name", UNITS)
 def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, monkeypatch):
+    torch.manual_seed(0)
     eps, layers = UNITS[name]()
-    net, x, y = trained_on_digits(*layers)
+    net = nn.Sequential(*layers).eval().requires_grad_(False)
+    for layer in net:
+        if hasattr(layer, "weight"):
+            layer.weight *= 2
+    x = train.load_dataset("digits").x_test[:25]
+    y = net(x).argmax(1)
     bounds, rows = certify.subdomain_bounds, [0]
 
     def counted(stages, sub, *args, **options):
@@ -1769,7 +1762,7 @@ def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, mo
         scaled, rows[0] = deepcopy(net), 0
         scaled[-1].weight *= factor
         scaled[-1].bias *= factor
-        return certify.certify(scaled, x[:25], y[:25], eps, restarts=2), rows[0]
+        return certify.certify(scaled, x, y, eps, restarts=2), rows[0]
 
     ours, work = verdicts(1.0)
     assert sum(v.stage == "branch-and-bound" for v in ours) > 2 and work > 300
