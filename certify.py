@@ -51,14 +51,13 @@ import numpy as np
 import torch
 from torch.func import jacrev
 
-from plumbing.verdicts import gather, open_share, save_point, write_down
+from plumbing.verdicts import STATUSES, points_of, save_point, write_verdicts
 from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
-from train import (CERTIFY, CLOSE, InputError, Parser, Progress, attack, ball, certified_margin,
-                   checksum, count, duration, forward_margin, hold_out, in_float64, load_dataset,
-                   load_run, number, pick_device, process_group, ranks, run, smallest)
+from train import (CERTIFY, CLOSE, InputError, Parser, attack, ball, certified_margin, checksum,
+                   count, forward_margin, hold_out, in_float64, load_dataset, load_run, number,
+                   pick_device, process_group, ranks, run, smallest)
 
-STATUSES = ("misclassified", "attacked", "certified", "unknown")
 STAGES = (*RELAXATIONS, "branch-and-bound")
 ROUNDING = 1e-6       # a bound above it and a counterexample contradict each other; below, a tie
 
@@ -677,36 +676,24 @@ def certify_run(net, config, data, folder, args, device):
     header = dict(run=folder.resolve().name, eps=eps, **settings,
                   network=checksum(*net.state_dict().values()),
                   images=checksum(data.x_test, data.y_test))
-    known, file, todo = open_share(path, header, n, verdict_of)
-    already = f", {len(known)} verdicts already in {path}" if known else ""
-    print(f"{folder}: {config['net']} trained by {config['relax']}, {config['opt']}; "
-          f"eps {eps:.4g}; {n} test images{already}")
-    points = path.with_suffix(".counterexamples")
-    show, begun, numbers = Progress(), time.time(), itertools.count(1)
 
-    def report(v):
-        i, done = todo[v.index], next(numbers)
-        known[i] = v
-        write_down(v, i, int(data.y_test[i]), file, points)
-        counts = Counter(v.status for v in known.values())
-        shown = "  ".join(f"{counts[status]} {status}" for status in STATUSES)
-        left = (time.time() - begun) / done * (len(todo) - done)
-        show(f"{len(known)}/{n}  {shown}  {duration(left)} left")
-
-    x, y = data.x_test[todo].to(device), data.y_test[todo].to(device)
-    with file:
+    def certify_some(indices, report):
+        x, y = data.x_test[indices].to(device), data.y_test[indices].to(device)
         try:
             certify(net, x, y, eps, batch=args.batch_size, report=report, **settings)
         except ContradictionError as e:
-            i = todo[e.index]
-            witness = save_point(points, f"contradiction-{i}", e.counterexample)
+            i = indices[e.index]
+            witness = save_point(points_of(path), f"contradiction-{i}", e.counterexample)
             print(f"abort: test image {i} is certified and attacked: {e}. The counterexample is in "
                   f"{witness}", file=sys.stderr)
             sys.exit(1)
-        gather(path, header, known, file, verdict_of)
-    show.done(f"verdicts in {path}, counterexamples in {points}:")
+
+    title = (f"{folder}: {config['net']} trained by {config['relax']}, {config['opt']}; "
+             f"eps {eps:.4g}; {n} test images")
+    labels = data.y_test[:n].tolist()
+    verdicts = write_verdicts(path, header, labels, certify_some, verdict_of, title)
     if ranks()[0] == 0:
-        print("\n".join(summary([known[i] for i in range(n)], settings["stages"])))
+        print("\n".join(summary([verdicts[i] for i in range(n)], settings["stages"])))
 
 
 # ------------------------------------------------------------------------- a linear program exactly

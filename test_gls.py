@@ -1762,7 +1762,7 @@ def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, mo
         scaled, rows[0] = deepcopy(net), 0
         scaled[-1].weight *= factor
         scaled[-1].bias *= factor
-        return certify.certify(scaled, x, y, eps, restarts=2), rows[0]
+        return certify.certify(scaled, x, y, eps, restarts=2, timeout=20), rows[0]
 
     ours, work = verdicts(1.0)
     assert sum(v.stage == "branch-and-bound" for v in ours) > 2 and work > 300
@@ -1779,7 +1779,8 @@ def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, mo
 def test_rounding_is_no_contradiction_whatever_the_unit_of_the_margins():
     for unit in (1.0, 2.0 ** -30, 2.0 ** 30):
         for bound, wrong in ((1e-9 * unit, False), (1e-3 * unit, True)):
-            proved, refuted = certify.Verdict("certified", "box", bound), certify.Verdict("attacked")
+            proved = certify.Verdict("certified", "box", bound)
+            refuted = certify.Verdict("attacked")
             for call in (lambda: proved.refute("attack", torch.zeros(1), unit),
                          lambda: refuted.prove("box", bound, unit)):
                 if wrong:
@@ -1799,7 +1800,8 @@ def test_rounding_is_no_contradiction_whatever_the_unit_of_the_margins():
     dict(restarts=-1), dict(restarts=math.inf), dict(seed=-1), dict(tolerance=0.0),
     dict(tolerance=math.nan), dict(stages=["deep-poly"]), dict(stages="box"),
     dict(y=[0, 1, 2]), dict(y=torch.zeros(2).long()), dict(y=torch.zeros(3)),
-    dict(y=torch.zeros(3, 4).long()), dict(y=torch.tensor([0, 1, 4])), dict(y=torch.tensor([-1] * 3)),
+    dict(y=torch.zeros(3, 4).long()), dict(y=torch.tensor([0, 1, 4])),
+    dict(y=torch.tensor([0, -1, 2])),
     dict(x=torch.rand(3, 6) + 0.5), dict(x=torch.full((3, 6), torch.nan)), dict(x=torch.rand(6)),
     dict(x=(torch.rand(3, 6) - 0.5) / 0.25), dict(x=np.zeros((3, 6))), dict(x=torch.rand(3, 1, 6)),
     dict(x=(255 * torch.rand(3, 6)).byte()), dict(x=torch.rand(3, 6).double())], ids=str)

@@ -82,7 +82,8 @@ def self_check(limit=math.inf, seed=0, show=lambda line: None):
             for relax, skip in itertools.product(RELAXATIONS, (False, True)):
                 wrong = outside(*problem, points, relax, skip)
                 contradictions += [f"seed {seed}, image {i}, {relax}, skip {skip}" for i in wrong]
-            contradictions += [f"seed {seed}, image {c}" for c in contradicted(*problem, points, seed)]
+            wrong = contradicted(*problem, points, seed)
+            contradictions += [f"seed {seed}, image {text}" for text in wrong]
             checks += len(problem[1]) * (2 * len(RELAXATIONS) + 1)
             show(f"{checks} checks, {len(contradictions)} contradictions")
             if checks >= limit:

@@ -3,14 +3,19 @@
 The first line has the settings; a file is continued with the same settings only. With many
 processes each writes a file of its own, PATH.1, PATH.2, ..., which the first gathers into PATH.
 """
+import itertools
 import json
 import math
+import time
 import zlib
+from collections import Counter
 
 import numpy as np
 import torch.distributed as dist
 
-from train import InputError, claim, ranks
+from train import InputError, Progress, claim, duration, ranks
+
+STATUSES = ("misclassified", "attacked", "certified", "unknown")
 
 
 def sealed(row):
@@ -91,6 +96,40 @@ def gather(path, header, known, file, read=dict):
         dist.barrier()
     if rank == 0:
         merge(path, header, known, file, read)
+
+
+def write_verdicts(path, header, labels, certify, read, title):
+    """The verdicts {index: verdict} of the samples with these labels, each written to path as soon
+    as it is known; those of path, if it has the same header, are known already.
+
+    certify(indices, report) calls report(verdict) for each of the samples, verdict.index being its
+    place in indices; read(row) is the verdict of a row. With many processes each takes its share,
+    and only the first returns them all. Raises InputError.
+    """
+    n, points = len(labels), points_of(path)
+    known, file, todo = open_share(path, header, n, read)
+    print(title + (f", {len(known)} verdicts already in {path}" if known else ""))
+    show, begun, numbers = Progress(), time.time(), itertools.count(1)
+
+    def report(v):
+        i, done = todo[v.index], next(numbers)
+        known[i] = v
+        write_down(v, i, labels[i], file, points)
+        counts = Counter(v.status for v in known.values())
+        shown = "  ".join(f"{counts[status]} {status}" for status in STATUSES)
+        left = (time.time() - begun) / done * (len(todo) - done)
+        show(f"{len(known)}/{n}  {shown}  {duration(left)} left")
+
+    with file:
+        certify(todo, report)
+        gather(path, header, known, file, read)
+    show.done(f"verdicts in {path}, counterexamples in {points}:")
+    return known
+
+
+def points_of(path):
+    """The folder of the counterexamples to the verdicts in path."""
+    return path.with_suffix(".counterexamples")
 
 
 def write_down(v, index, label, file, points):
