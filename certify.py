@@ -2,7 +2,6 @@
 
     python certify.py                        the newest run under runs/, on its whole test set
     python certify.py runs/NAME --samples 1000 --eps 0.1 --timeout 30
-    python certify.py --self-check           attack bounds and verdicts of random networks
 
 Or any supported network (see relaxations.py), in five lines of Python:
 
@@ -30,17 +29,18 @@ Guarantee: "certified" holds for every point of the ball, up to rounding in floa
 bound that counts is computed; float32 only steers the search. "attacked" comes with a
 counterexample in the ball (exactly, as float32 numbers), misclassified by a float64 forward pass.
 "unknown" is neither. Attacked samples are bounded too: one that comes out certified proves a bound
-wrong.
+wrong. benchmarks/self_check.py tries to contradict bounds and verdicts on random networks.
+
+A positive factor of the logits changes no verdict. Nor does it change the search, for constants
+that are compared with margins count in a unit of the network's own: see unit_of.
 
 Letters in shape comments: those of relaxations.py; n nodes (subdomains), k candidates to cut at.
 """
 import heapq
 import itertools
-import json
 import math
 import sys
 import time
-import zlib
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -49,22 +49,18 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 from torch.func import jacrev
 
-from plumbing.console import (InputError, Parser, Progress, count, duration, number, pick_device,
-                              run)
+from plumbing.console import InputError, Parser, count, number, pick_device, run
 from plumbing.data import hold_out, load_dataset
 from plumbing.processes import process_group, ranks
 from plumbing.rounding import ball, in_float64
-from plumbing.runs import checksum, claim
+from plumbing.runs import checksum
+from plumbing.verdicts import STATUSES, points_of, save_point, write_verdicts
 from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
 from train import CERTIFY, CLOSE, attack, certified_margin, forward_margin, load_run, smallest
 
-
-STATUSES = ("misclassified", "attacked", "certified", "unknown")
 STAGES = (*RELAXATIONS, "branch-and-bound")
 ROUNDING = 1e-6       # a bound above it and a counterexample contradict each other; below, a tie
 
@@ -73,8 +69,11 @@ WIDTH = 64            # nodes cut at once
 TREES = 8             # samples whose trees grow at the same time
 CANDIDATES = 1        # ReLUs that each of the two branching scores proposes
 NODE_STEPS = 4        # of ascent for each node; it starts from the choices of its parent
+LEAST_GAIN = 1e-6     # by which a half counts as better, so that the other half's gain decides
 STORE = 2 ** 27       # numbers kept for waiting nodes (512 MB); beyond it, trees grow depth first
 
+
+# ------------------------------------------------------------------------------ verdicts and stages
 
 @dataclass
 class Verdict:
@@ -91,6 +90,21 @@ class Verdict:
         self.seconds += seconds
         self.seconds_by_stage[stage] = self.seconds_by_stage.get(stage, 0.0) + seconds
 
+    def prove(self, stage, bound, unit):
+        """All margins are at least bound in the whole ball. unit: that of the network's margins."""
+        self.bound = max(self.bound, bound)
+        if bound > ROUNDING * unit and self.status == "attacked":
+            raise ContradictionError(self.index, stage, bound, self.counterexample)
+        if bound > 0 and self.status == "unknown":
+            self.status, self.stage = "certified", stage
+
+    def refute(self, stage, point, unit):
+        """A point of the ball is misclassified."""
+        if self.status == "certified" and self.bound > ROUNDING * unit:
+            raise ContradictionError(self.index, self.stage, self.bound, point)
+        if self.status != "attacked":
+            self.status, self.stage, self.counterexample = "attacked", stage, point.clone()
+
 
 class ContradictionError(AssertionError):
     """A sample is both certified and attacked: a bound is unsound, or a forward pass is wrong.
@@ -105,7 +119,7 @@ class ContradictionError(AssertionError):
 
 
 class Settings(NamedTuple):
-    """The arguments of certify()."""
+    """The arguments of certify(), and the unit of the network's margins."""
     eps: float
     timeout: float
     stages: list
@@ -113,6 +127,7 @@ class Settings(NamedTuple):
     restarts: int
     seed: int
     tolerance: float
+    unit: float
 
 
 @torch.inference_mode(False)               # whatever the caller's mode: attack and ascent need
@@ -132,46 +147,102 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     left out of that.
     report(verdict) is called for each sample as soon as it is settled.
 
-    Raises ContradictionError if a sample is certified and attacked, ValueError for bad arguments.
+    Raises ContradictionError if a sample is certified and attacked, and before the first stage
+    ValueError for bad arguments and for networks that relaxations.py does not support.
     """
     stages = list(stages)
-    unknown = [s for s in stages if s not in STAGES]
+    timeout = math.inf if timeout is None else timeout
     tolerance = math.inf if tolerance is None else tolerance
-    if unknown or len(x) != len(y) or not 0 <= eps < math.inf or not tolerance > 0:
-        raise ValueError(f"stages {unknown} are unknown, or {len(x)} images do not fit {len(y)} "
-                         f"labels, or eps={eps} is no radius >= 0, or tolerance={tolerance} <= 0")
-    net, x, y = deepcopy(net).requires_grad_(False), x.clone(), y.clone().long()
-    K = net(x[:1]).shape[-1] if len(x) else 2
-    if K < 2 or not ((y >= 0) & (y < K)).all():
-        raise ValueError(f"y has labels outside 0..{K - 1} of a network with {K} logits, of which "
-                         "there have to be two")
+    check_settings(stages, eps, timeout, tolerance, batch=batch, steps=steps, seed=seed,
+                   restarts=0 if restarts is None else restarts)
+    check_samples(net, x, y)
+    if not len(x):
+        return []
+    net = deepcopy(net).requires_grad_(False)
+    x, y = x.clone(), y.clone().to(x.device, torch.long)
     if tolerance < math.inf:
         net, x, y = in_float64(net, x, y)
-    settings = Settings(eps, math.inf if timeout is None else timeout, stages, steps,
-                        K if restarts is None else restarts, seed, tolerance)
+    restarts = net(x[:1]).shape[-1] if restarts is None else restarts
+    settings = Settings(float(eps), timeout, stages, steps, restarts, seed, tolerance, unit_of(net))
     verdicts = [Verdict(index=i) for i in range(len(x))]
     for start in range(0, len(x), batch):
         part = slice(start, start + batch)
-        _certify_batch(net, x[part], y[part], settings, verdicts[part], report)
+        certify_batch(net, x[part], y[part], settings, verdicts[part], report)
     return verdicts
 
 
-def _certify_batch(net, x, y, settings, verdicts, report):
-    upper = _attacked(net, x, y, settings, verdicts)
-    for relax in [r for r in CERTIFY if r in settings.stages]:
-        _bounded_by(relax, net, x, y, settings, verdicts)
-    open_ = ("unknown",) if settings.tolerance == math.inf else ("unknown", "attacked", "certified")
-    left = [i for i, v in enumerate(verdicts) if v.status in open_ and v.seconds < settings.timeout]
+def check_settings(stages, eps, timeout, tolerance, **whole):
+    """Raises ValueError for settings that make no sense. NaN makes none: no comparison is true."""
+    try:
+        fine = set(stages) <= set(STAGES) and 0 <= eps < math.inf
+        fine = fine and timeout >= 0 and tolerance > 0 and whole["batch"] >= 1
+        fine = fine and all(int(n) == n >= 0 for n in whole.values())
+    except (TypeError, ValueError, RuntimeError, OverflowError):       # several numbers, or none
+        fine = False
+    if not fine:
+        given = dict(eps=eps, timeout=timeout, tolerance=tolerance, **whole, stages=stages)
+        raise ValueError(f"certify takes a radius 0 <= eps < infinity, timeout >= 0, tolerance > 0,"
+                         f" whole numbers >= 0 (batch >= 1), and stages of {', '.join(STAGES)}; "
+                         f"got {given}")
+
+
+@torch.no_grad()
+def check_samples(net, x, y):
+    """Raises ValueError, in the words of the bounds, for what they refuse; and for a network that
+    bounds and forward pass take for two: at eps 0 they have to give the same margins."""
+    tensors = torch.is_tensor(x) and torch.is_tensor(y)
+    if not tensors or x.dim() < 2 or y.shape != x.shape[:1]:
+        raise ValueError("x has to be a tensor of images (n, ...), y one of their labels (n,)")
+    if not len(x):
+        return
+    # If the bounds take the images with the lowest and the highest pixel, and the smallest and the
+    # largest label, they take all.
+    lowest, highest = x.flatten(1).amin(1), x.flatten(1).amax(1)
+    few = x[torch.stack([lowest.argmin(), highest.argmax()])]
+    labels = torch.stack(y.aminmax())
+    K = margin_lower_bounds(net, few, labels, 0.0, "box").shape[1]
+    if K < 2:
+        raise ValueError(f"the network has {K} logit; a margin is between two")
+    twin, few, labels = in_float64(net, few, labels.long())
+    logits = twin(few)
+    margins = logits.gather(1, labels[:, None]) - logits
+    difference = (margin_lower_bounds(twin, few, labels, 0.0, "box") - margins).abs().max()
+    if difference > ROUNDING * max(unit_of(net), logits.abs().max()):
+        raise ValueError(f"bounds and forward pass of the network differ by {difference:.3g} at a "
+                         "radius of 0: some layer does not compute what its class says")
+
+
+def unit_of(net):
+    """The unit of the network's margins: about the largest weight of its last layer that has any.
+
+    Constants that margins and the steps of multipliers are compared with count in it: so a factor
+    of that layer, which changes no prediction, does not change the search either. A power of two:
+    dividing by it and multiplying again is exact.
+    """
+    weights = [m.weight for m in net.modules() if getattr(m, "weight", None) is not None]
+    largest = weights[-1].abs().max().item() if weights else 1.0
+    return 2.0 ** round(math.log2(largest)) if 0 < largest < math.inf else 1.0
+
+
+def certify_batch(net, x, y, settings, verdicts, report):
+    """The stages one after the other, for samples that share their passes."""
+    upper = attacked(net, x, y, settings, verdicts)
+    for relax in [relax for relax in CERTIFY if relax in settings.stages]:
+        bounded_by(relax, net, x, y, settings, verdicts)
+    exactly = settings.tolerance < math.inf
+    open_ = ("unknown", "attacked", "certified") if exactly else ("unknown",)
+    left = [i for i, v in enumerate(verdicts)
+            if v.status in open_ and v.seconds < settings.timeout]
     if not {"alpha-crown", "branch-and-bound"} & set(settings.stages):
         left = []
     for i in sorted(set(range(len(x))) - set(left)):
         report(verdicts[i])
     if left:
-        _grow_trees(net, x[left], y[left], settings, [verdicts[i] for i in left],
-                    upper[left].tolist(), report)
+        some = [verdicts[i] for i in left]
+        branch_and_bound(net, x[left], y[left], settings, some, upper[left].tolist(), report)
 
 
-def _attacked(net, x, y, settings, verdicts):
+def attacked(net, x, y, settings, verdicts):
     """Forward pass and attack. Returns the smallest margins found, (B,) in float64."""
     begun, upper = time.time(), forward_margin(net, x, y)
     for v, margin in zip(verdicts, upper.tolist()):
@@ -184,48 +255,47 @@ def _attacked(net, x, y, settings, verdicts):
         upper[left] = forward_margin(net, points, y[left])
         for i, point in zip(left, points):
             if upper[i] <= 0:
-                verdicts[i].status, verdicts[i].stage = "attacked", "attack"
-                verdicts[i].counterexample = point.clone()
+                verdicts[i].refute("attack", point, settings.unit)
     for v in verdicts:
         v.spend("attack", (time.time() - begun) / len(x))
     return upper
 
 
-def _bounded_by(relax, net, x, y, settings, verdicts):
+def bounded_by(relax, net, x, y, settings, verdicts):
     """Certify what one of the incomplete relaxations can. What was attacked is bounded too."""
     begun = time.time()
-    left = [i for i, v in enumerate(verdicts) if v.status in ("unknown", "attacked")
-            and v.seconds < settings.timeout]
-    low = certified_margin(*in_float64(net, x[left], y[left]), settings.eps, relax,
-                           **CERTIFY[relax])
+    left = [i for i, v in enumerate(verdicts)
+            if v.status in ("unknown", "attacked") and v.seconds < settings.timeout]
+    twin, x64, y64 = in_float64(net, x[left], y[left])
+    low = certified_margin(twin, x64, y64, settings.eps, relax, **CERTIFY[relax])
     for i, bound in zip(left, low.tolist()):
-        v = verdicts[i]
-        v.spend(relax, (time.time() - begun) / len(left))
-        v.bound = max(v.bound, bound)
-        if bound > ROUNDING and v.status == "attacked":
-            raise ContradictionError(v.index, relax, bound, v.counterexample)
-        if bound > 0 and v.status == "unknown":
-            v.status, v.stage = "certified", relax
+        verdicts[i].spend(relax, (time.time() - begun) / len(left))
+        verdicts[i].prove(relax, bound, settings.unit)
 
 
 # --------------------------------------------------------------------------------- branch and bound
 
-class Tables(NamedTuple):
-    """What all nodes of a batch share. N: neurons before all ReLUs, in the order of the network."""
-    stages: list
+class Problem(NamedTuple):
+    """What all nodes of a batch share: in the dtype of x, to steer by, and once more in float64,
+    the exact twin, for bounds that count. N: neurons before all ReLUs, in the network's order."""
+    net: torch.nn.Module
+    x: torch.Tensor       # (B, ...) the images
+    y: torch.Tensor       # (B,)
+    eps: float
+    unit: float           # of all margins, bounds and multipliers of nodes and trees
+    network: tuple        # as relaxations.py reads it
     sizes: list           # of the ReLUs, as they make up N
     box: list             # (1, B, N_in) twice: the balls
     l: torch.Tensor       # (B, N) bounds before the ReLUs over the whole ball
     u: torch.Tensor
-    rows: torch.Tensor    # (B, K, K): the margins of sample b as functions of the logits
-    bias: torch.Tensor    # (N,) of the layer before each ReLU
+    rows: torch.Tensor    # (B, K, K): the margins of sample b, in units, as functions of the logits
+    bias: torch.Tensor    # (N,) what each neuron is if all neurons and pixels below are 0
 
 
 class Node(NamedTuple):
-    """A subdomain, and one margin to be bounded there. The first two fields order the heap."""
+    """A subdomain, and one margin to be bounded there."""
     bound: float                # proved so far
-    order: int                  # unique
-    sample: int                 # its row in Tables
+    sample: int                 # its row in Problem
     target: int                 # the class k of the margin
     neurons: torch.Tensor       # (m,) the ReLUs cut, as indices 0..N-1
     signs: torch.Tensor         # (m,) 1: z >= 0, -1: z <= 0
@@ -233,401 +303,293 @@ class Node(NamedTuple):
     slopes: torch.Tensor        # (N,) alpha
 
 
-@dataclass
+@dataclass(eq=False)
 class Tree:
-    """The nodes of one sample that are not settled yet, worst bound first."""
+    """The nodes of one sample that are not settled yet, worst bound first. Numbers in units."""
     sample: int
     verdict: Verdict
     upper: float                # the smallest margin seen at a point of the ball, in float64
-    heap: list = field(default_factory=list)
+    tolerance: float = math.inf
+    heap: list = field(default_factory=list)                   # (bound, count, node)
+    counts: itertools.count = field(default_factory=itertools.count)
     proved: float = math.inf    # the smallest bound among settled nodes
     stuck: bool = False         # a node could not be settled
 
-    def goal(self, tolerance):
+    def goal(self):
         """A node whose bound exceeds this is settled."""
-        goal = self.upper - tolerance
+        goal = self.upper - self.tolerance
         return max(goal, 0.0) if self.upper > 0 else goal
 
     def bound(self):
-        return min(self.proved, self.heap[0].bound if self.heap else math.inf)
+        return min(self.proved, self.heap[0][0] if self.heap else math.inf)
 
-    def pop(self, limit):
-        """The worst node; if more than limit are waiting, the last of the heap: mostly a young one,
-        so that the tree grows in depth and the heap no further."""
-        return heapq.heappop(self.heap) if len(self.heap) <= limit else self.heap.pop()
+    def pop(self, most, limit):
+        """The worst nodes; while more than limit are waiting, the last of the heap: mostly young
+        ones, so that the tree grows in depth and the heap no further."""
+        nodes = []
+        while self.heap and len(nodes) < most:
+            full = len(self.heap) > limit
+            entry = self.heap.pop() if full else heapq.heappop(self.heap)
+            nodes.append(entry[-1])
+        return nodes
 
-    def add(self, node, tolerance):
-        if node.bound > self.goal(tolerance):
+    def add(self, node):
+        if node.bound > self.goal():
             self.proved = min(self.proved, node.bound)
         else:
-            heapq.heappush(self.heap, node)
+            heapq.heappush(self.heap, (node.bound, next(self.counts), node))
+
+    def is_over(self, settings):
+        v = self.verdict
+        if not self.heap or "branch-and-bound" not in settings.stages:
+            return True
+        settled = self.stuck or v.status == "attacked"         # as far as the sign is concerned
+        return v.seconds > settings.timeout or settled and self.tolerance == math.inf
 
 
-def _tables(net, x, y, eps, l, u):
-    stages, shapes = read_network(net, x.shape[1:])
-    eye = torch.eye(shapes[-1][0], dtype=x.dtype, device=x.device)
-    sizes = [torch.Size(shape).numel() for shape in shapes[:-1]]
-    bias = [ops[-1].bias[0].repeat_interleave(n // ops[-1].bias.shape[1]) if ops else x.new_zeros(n)
-            for ops, n in zip(stages, sizes)]
-    box = [(x - eps).clamp(min=0), (x + eps).clamp(max=1)]
-    return Tables(stages, sizes, [t.flatten(1)[None] for t in box], l, u, eye[y][:, None] - eye,
-                  torch.cat([x.new_zeros(0), *bias]))
+def branch_and_bound(net, x, y, settings, verdicts, upper, report):
+    """Settle samples by alpha-CROWN, at the roots, and by branch and bound. upper: the smallest
+    margin known of each."""
+    begun = time.time()
+    problem, exact, trees = roots(net, x, y, settings, verdicts, upper)
+    for v in verdicts:
+        v.spend("alpha-crown", (time.time() - begun) / len(verdicts))
+    stage = "alpha-crown" if "alpha-crown" in settings.stages else "branch-and-bound"
+    waiting = trees
+    while waiting:
+        over = [tree for tree in waiting if tree.is_over(settings)]
+        for tree in over:
+            tree.verdict.prove(stage, tree.bound() * settings.unit, settings.unit)
+            report(tree.verdict)
+        waiting = [tree for tree in waiting if tree not in over]
+        stage, begun, active = "branch-and-bound", time.time(), waiting[:TREES]
+        if active:
+            cut = split_worst(problem, exact, trees, active)
+            for sample, nodes in cut.items():
+                verdicts[sample].spend(stage, (time.time() - begun) * nodes / cut.total())
 
 
-def _subdomains(tables, nodes):
-    """The nodes as one batch, in the dtype of the tables."""
-    sample, target = (torch.tensor(t, device=tables.l.device)
-                      for t in zip(*((node.sample, node.target) for node in nodes)))
-    l, u = tables.l[sample], tables.u[sample]
-    row = torch.arange(len(nodes)).repeat_interleave(torch.tensor([len(n.neurons) for n in nodes]))
-    cut = row.to(l.device), torch.cat([node.neurons for node in nodes]).to(l.device)
-    signs = torch.zeros_like(l).index_put(cut, torch.cat([n.signs for n in nodes]).to(l))
-    betas = torch.zeros_like(l).index_put(cut, torch.cat([n.multipliers for n in nodes]).to(l))
-    return Subdomains(tables.sizes, tables.rows[sample, target], [t[:, sample] for t in tables.box],
+def roots(net, x, y, settings, verdicts, upper):
+    """The problem, its exact twin, and a tree per sample: its roots are the margins that
+    alpha-CROWN leaves open, with slopes of their own for each."""
+    eps, unit = settings.eps, settings.unit
+    # On large networks the ascent alone takes longer than a sample has; DeepPoly has to do there.
+    slow = any(10 * v.seconds_by_stage.get("deeppoly", 0) > settings.timeout for v in verdicts)
+    twin, x64, y64 = in_float64(net, x, y)
+    bounds = preactivation_bounds(twin, x64, eps, "deeppoly" if slow else "alpha-crown",
+                                  skip_stable=True)
+    exact = pose(twin, x64, y64, eps, unit, bounds)
+    problem = pose(net, x, y, eps, unit, bounds)
+    trees = [Tree(i, v, margin / unit, settings.tolerance / unit)
+             for i, (v, margin) in enumerate(zip(verdicts, upper))]
+    slopes, none = adaptive(problem.l, problem.u), torch.zeros(0)
+    nodes = []
+    for i, v in enumerate(verdicts):
+        others = [k for k in range(problem.rows.shape[1]) if k != y[i]]
+        nodes += [Node(v.bound / unit, i, k, none.long(), none, none, slopes[i]) for k in others]
+    for start in range(0, len(nodes), 4 * WIDTH):
+        part = nodes[start:start + 4 * WIDTH]
+        for node in raise_bounds(problem, exact, part, trees, STEPS):
+            trees[node.sample].add(node)
+    return problem, exact, trees
+
+
+def pose(net, x, y, eps, unit, bounds):
+    """The problem in the dtype of x. bounds: of the pre-activations, in float64."""
+    network = read_network(net, x.shape[1:])
+    sizes = [l[0].numel() for l, _ in bounds]
+    l = u = x.new_zeros(len(x), 0)
+    for low, high in bounds:
+        l = torch.cat([l, low.flatten(1).to(x)], 1)
+        u = torch.cat([u, high.flatten(1).to(x)], 1)
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    box = [low.flatten(1)[None], high.flatten(1)[None]]
+    nothing = torch.zeros_like(box[0][0, :1])
+    bias, logits = pinned_forward(network, torch.zeros_like(l[:1]), nothing)
+    eye = torch.eye(logits.shape[1], dtype=x.dtype, device=x.device)
+    rows = (eye[y][:, None] - eye) / unit
+    return Problem(net, x, y, eps, unit, network, sizes, box, l, u, rows, bias[0])
+
+
+def split_worst(problem, exact, trees, active):
+    """Cut the worst nodes of the active trees and bound their halves. How many of each tree."""
+    quota = max(1, WIDTH // len(active))
+    limit = STORE // (TREES * max(1, problem.l.shape[1]))
+    nodes = [node for tree in active for node in tree.pop(quota, limit)]
+    goals = [trees[node.sample].goal() for node in nodes]
+    neurons, bounds, points = branch(problem, nodes, goals)
+    try_points(problem, points, nodes, active)
+    cut = [i for i, neuron in enumerate(neurons) if neuron is not None]
+    if cut:
+        both = [half for i in cut for half in halves(nodes[i], neurons[i])]
+        first = [bound for i in cut for bound in bounds[i]]
+        for half in raise_bounds(problem, exact, both, trees, NODE_STEPS, first):
+            trees[half.sample].add(half)
+    for node in [node for node, neuron in zip(nodes, neurons) if neuron is None]:
+        tree = trees[node.sample]
+        bound, point = settle_linear(exact, node)
+        try_points(problem, point[None], [node], [tree])
+        bound = max(bound, node.bound)
+        tree.proved = min(tree.proved, bound)
+        tree.stuck |= not bound > tree.goal()
+    return Counter(node.sample for node in nodes)
+
+
+def subdomains(problem, nodes):
+    """The nodes as one batch, in the dtype of the problem."""
+    device = problem.l.device
+    sample = torch.tensor([node.sample for node in nodes], device=device)
+    target = torch.tensor([node.target for node in nodes], device=device)
+    l, u = problem.l[sample], problem.u[sample]
+    cuts = torch.tensor([len(node.neurons) for node in nodes])
+    row = torch.arange(len(nodes)).repeat_interleave(cuts)
+    where = row.to(device), torch.cat([node.neurons for node in nodes]).to(device)
+    signs = torch.cat([node.signs for node in nodes]).to(l)
+    multipliers = torch.cat([node.multipliers for node in nodes]).to(l)
+    signs = torch.zeros_like(l).index_put(where, signs)
+    multipliers = torch.zeros_like(l).index_put(where, multipliers)
+    # Inside, the sign of a cut neuron is known: z >= 0 raises l to 0, z <= 0 lowers u to 0.
+    return Subdomains(problem.sizes, problem.rows[sample, target],
+                      [end[:, sample] for end in problem.box],
                       l.masked_fill(signs > 0, 0), u.masked_fill(signs < 0, 0), signs,
-                      torch.stack([node.slopes for node in nodes]).to(l), betas)
+                      torch.stack([node.slopes for node in nodes]).to(l), multipliers)
 
 
-def _bounded(tables, wide, nodes, trees, tolerance, steps, first=None):
+def raise_bounds(problem, exact, nodes, trees, steps, first=None):
     """The nodes with bounds raised by beta-CROWN. float32 only steers: a bound that would settle
     its node is computed again in float64, from pre-activation bounds in float64.
 
     first: bounds that the nodes have as they are; where one is enough, there is no ascent."""
-    goals = torch.tensor([trees[node.sample].goal(tolerance) for node in nodes]).double()
+    goals = torch.tensor([trees[node.sample].goal() for node in nodes]).double()
     low = torch.full_like(goals, -torch.inf) if first is None else torch.tensor(first).double()
     todo = (~(low > goals)).nonzero().flatten().tolist()
     if todo:
-        sub, nodes = _subdomains(tables, [nodes[i] for i in todo]), list(nodes)
-        found, *free = subdomain_bounds(tables.stages, sub, steps, goals[todo].to(sub.l))
+        sub, nodes = subdomains(problem, [nodes[i] for i in todo]), list(nodes)
+        target = goals[todo].to(sub.l)
+        found, slopes, multipliers = subdomain_bounds(problem.network, sub, steps, target)
         low[todo] = found.cpu().double()
-        for i, slopes, multipliers in zip(todo, *free):
-            nodes[i] = nodes[i]._replace(slopes=slopes.clone(),
-                                         multipliers=multipliers[nodes[i].neurons])
+        for row, i in enumerate(todo):
+            nodes[i] = nodes[i]._replace(slopes=slopes[row].clone(),
+                                         multipliers=multipliers[row, nodes[i].neurons])
     sure = (low > goals).nonzero().flatten().tolist()
     if sure:
-        again = _subdomains(wide, [nodes[i] for i in sure])
-        low[sure] = subdomain_bounds(wide.stages, again)[0].cpu()
-    return [node._replace(bound=max(node.bound, b)) for node, b in zip(nodes, low.tolist())]
+        again = subdomains(exact, [nodes[i] for i in sure])
+        low[sure] = subdomain_bounds(exact.network, again)[0].cpu()
+    low = low.tolist()
+    return [node._replace(bound=max(node.bound, b)) for node, b in zip(nodes, low)]
 
 
-def _branch(tables, nodes, goals):
+def branch(problem, nodes, goals):
     """Where to cut each node, and a point of the ball where its relaxation is smallest.
 
     Filtered smart branching (De Palma et al. 2021): two scores of every unstable ReLU propose
     candidates, both halves of each cut are bounded without ascent, and the best product of gains
-    wins. With a the coefficient of relu(z) and t, s the intercept and slope of its upper line,
-        chord   |a- t|, how much the upper line costs the bound;
-        BaBSR   |a- t + max(a b (s - 1), a b s)|, b the bias: the same, less what one half loses
-                by z no longer being free (Bunel et al. 2020).
+    wins.
     Returns neurons, a list (n,) with None where all ReLUs are stable; the bounds (n, 2) of their
     halves, z >= 0 and z <= 0; and points (n, N_in).
     """
-    sub, trace = _subdomains(tables, nodes), []
-    low = subdomain_bounds(tables.stages, sub, trace=trace)[0]
-    points = torch.where(trace[0] > 0, *(t[0] for t in sub.box))
+    sub, trace = subdomains(problem, nodes), []
+    low, *_ = subdomain_bounds(problem.network, sub, trace=trace)
+    points = torch.where(trace[0] > 0, *(end[0] for end in sub.box))
     unstable = (sub.l < 0) & (sub.u > 0)
     if not unstable.any():
         return [None] * len(nodes), [None] * len(nodes), points
-    a, s = torch.cat(trace[1:], 1), torch.where(unstable, sub.u / (sub.u - sub.l), 0.0)
-    chord = a.clamp(max=0) * -s * sub.l
-    babsr = (chord + a * tables.bias * torch.where(a * tables.bias > 0, s, s - 1)).abs()
-    k = min(CANDIDATES, a.shape[1])
-    tried = torch.cat([score.where(unstable, -1).topk(k)[1] for score in (babsr, -chord)], 1)
-    rows = torch.arange(len(nodes), device=a.device).repeat_interleave(4 * k)
-    half = Subdomains(sub.sizes, sub.rows[rows], [t[:, rows] for t in sub.box],
-                      *(t[rows] for t in sub[3:]))
-    one, neuron = torch.arange(len(rows), device=a.device), tried.repeat_interleave(2, 1).flatten()
-    half.l[one[::2], neuron[::2]] = 0
-    half.u[one[1::2], neuron[1::2]] = 0
-    bounds = subdomain_bounds(tables.stages, half)[0].view(len(nodes), 2 * k, 2)
-    gain = bounds.minimum(torch.tensor(goals).to(low)[:, None, None]) - low[:, None, None]
-    gain = gain.clamp(min=1e-6).prod(-1).where(unstable.gather(1, tried), -1)
-    best = torch.arange(len(nodes), device=a.device), gain.argmax(1)
+    tried = candidates(sub, torch.cat(trace[1:], 1), problem.bias, unstable)   # (n, 2k)
+    bounds = bounds_of_halves(problem, sub, tried)                             # (n, 2k, 2)
+    enough = torch.tensor(goals).to(low)                       # a bound above it is no better
+    gains = bounds.minimum(enough[:, None, None]) - low[:, None, None]
+    score = gains.clamp(min=LEAST_GAIN).prod(-1)
+    choice = score.where(unstable.gather(1, tried), -1).argmax(1)
+    best = torch.arange(len(nodes), device=low.device), choice
     neurons = [j if unstable[i, j] else None for i, j in enumerate(tried[best].tolist())]
     return neurons, bounds[best].tolist(), points
 
 
-def _halves(node, neuron, order):
+def candidates(sub, a, bias, unstable):
+    """The neurons (n, 2k) that the two scores like best. With a (n, N) the coefficient of relu(z)
+    and t, s the intercept and slope of its upper line,
+        chord   |a- t|, how much the upper line costs the bound;
+        BaBSR   |a- t + max(a b (s - 1), a b s)|, b the bias: the same, less what one half loses
+                by z no longer being free (Bunel et al. 2020).
+    """
+    s = torch.where(unstable, sub.u / (sub.u - sub.l), 0.0)
+    chord = a.clamp(max=0) * -s * sub.l
+    ab = a * bias
+    babsr = (chord + ab * torch.where(ab > 0, s, s - 1)).abs()
+    k = min(CANDIDATES, a.shape[1])
+    best = [score.where(unstable, -1).topk(k)[1] for score in (babsr, -chord)]
+    return torch.cat(best, 1)
+
+
+def bounds_of_halves(problem, sub, tried):
+    """Bounds (n, 2k, 2), without ascent, of the halves z >= 0 and z <= 0 that each cut makes."""
+    n, cuts = tried.shape
+    rows = torch.arange(n, device=tried.device).repeat_interleave(2 * cuts)
+    half = Subdomains(sub.sizes, sub.rows[rows], [end[:, rows] for end in sub.box],
+                      *(t[rows] for t in sub[3:]))
+    neuron = tried.flatten()
+    first = torch.arange(0, len(rows), 2, device=tried.device)
+    half.l[first, neuron] = 0
+    half.u[first + 1, neuron] = 0
+    return subdomain_bounds(problem.network, half)[0].view(n, cuts, 2)
+
+
+def halves(node, neuron):
     """The two nodes that cutting at a neuron makes of one; together they cover it."""
     for sign in (1.0, -1.0):
         yield node._replace(
-            order=next(order), neurons=torch.cat([node.neurons, node.neurons.new_tensor([neuron])]),
+            neurons=torch.cat([node.neurons, node.neurons.new_tensor([neuron])]),
             signs=torch.cat([node.signs, node.signs.new_tensor([sign])]),
             multipliers=torch.cat([node.multipliers, node.multipliers.new_zeros(1)]))
 
 
-def _try_points(net, x, y, eps, points, nodes, trees):
+def try_points(problem, points, nodes, trees):
     """Keep the worst of the points (n, N_in) for each tree; one with a margin <= 0 settles it."""
-    sample = torch.tensor([node.sample for node in nodes], device=x.device)
-    low, high = ball(x[sample], eps)
-    points = points.to(x).view(low.shape).clamp(low, high)
-    logits = net(points)
-    margins = smallest(logits.gather(1, y[sample, None]) - logits, y[sample]).tolist()
+    sample = torch.tensor([node.sample for node in nodes], device=problem.x.device)
+    y = problem.y[sample]
+    low, high = ball(problem.x[sample], problem.eps)
+    points = points.to(low).view(low.shape).clamp(low, high)
+    logits = problem.net(points)
+    margins = smallest(logits.gather(1, y[:, None]) - logits, y)
+    margins = (margins / problem.unit).tolist()
     for tree in trees:
         mine = [i for i, node in enumerate(nodes) if node.sample == tree.sample]
         i = min(mine, key=margins.__getitem__, default=None)
         if i is None or margins[i] > tree.upper + CLOSE * max(1.0, abs(tree.upper)):
             continue
-        v, margin = tree.verdict, forward_margin(net, points[i:i + 1], y[sample[i:i + 1]]).item()
-        tree.upper = min(tree.upper, margin)
-        if margin <= 0 and v.status == "certified" and v.bound > ROUNDING:
-            raise ContradictionError(v.index, v.stage, v.bound, points[i])
-        if margin <= 0 and v.status != "attacked":
-            v.status, v.stage, v.counterexample = "attacked", "branch-and-bound", points[i].clone()
+        margin = forward_margin(problem.net, points[i:i + 1], y[i:i + 1]).item()
+        tree.upper = min(tree.upper, margin / problem.unit)
+        if margin <= 0:
+            tree.verdict.refute("branch-and-bound", points[i], problem.unit)
 
 
-def _settle_linear(wide, node):
+def settle_linear(exact, node):
     """A node without unstable ReLUs: its exact minimum and where it is, in float64.
 
     The network is affine there: minimise it subject to the signs of the ReLUs that were cut. What
-    the linear program finds is only used through _try_points and, as multipliers, through
+    the linear program finds is only used through try_points and, as multipliers, through
     subdomain_bounds, so nothing rests on its accuracy.
     """
-    sub = _subdomains(wide, [node._replace(multipliers=torch.zeros_like(node.multipliers))])
-    signs, active = sub.signs[0, node.neurons], (sub.u > -sub.l).to(sub.l)
+    free = node._replace(multipliers=torch.zeros_like(node.multipliers))
+    sub = subdomains(exact, [free])
+    signs = sub.signs[0, node.neurons]
+    active = (sub.u > -sub.l).to(sub.l)
 
     def outputs(x):
-        z, logits = pinned_forward(wide.stages, active, x[None])
-        return torch.cat([signs * z[0, node.neurons], (sub.rows * logits).sum(1)])
+        z, logits = pinned_forward(exact.network, active, x[None])
+        margin = (sub.rows * logits).sum(1)
+        return torch.cat([signs * z[0, node.neurons], margin])
 
-    low, high = (t[0, 0] for t in sub.box)
-    values, J = outputs(low), jacrev(outputs)(low)
-    program = J[-1], J[:-1], J[:-1] @ low - values[:-1], low, high
-    x, tries = linear_program(*(t.cpu().numpy() for t in program))
+    low, high = (end[0, 0] for end in sub.box)
+    J = jacrev(outputs)(low)
+    c, G = J[-1], J[:-1]
+    h = G @ low - outputs(low)[:-1]
+    x, tries = linear_program(*(t.cpu().numpy() for t in (c, G, h, low, high)))
     bound = -math.inf
     for beta in tries:
         sub.multipliers[0, node.neurons] = signs * torch.from_numpy(beta).to(signs)
-        bound = max(bound, subdomain_bounds(wide.stages, sub)[0].item())
+        bound = max(bound, subdomain_bounds(exact.network, sub)[0].item())
     return bound, low if x is None else torch.from_numpy(x)
-
-
-def linear_program(c, G, h, low, high):
-    """min c.x  subject to  G x >= h and low <= x <= high, by the dual simplex method.
-
-    Returns x (None if infeasible) and a list of multipliers beta >= 0 to try: at the last of them,
-    min over low <= x <= high of c.x - beta.(G x - h) is the optimum, or, if infeasible, large.
-
-    Each variable v, that is x or a slack w = G x - h >= 0, is either at one of its ends ("at", n of
-    them) or basic: basic = T at + t. The start is dual feasible whatever c is, because x is bounded
-    on both sides: every x at the end that c prefers.
-    """
-    (m, n), tiny = G.shape, 1e-9
-    size = np.abs(G).max(1, initial=0)
-    size[size == 0] = 1
-    G, h = G / size[:, None], h / size                     # multipliers are divided in the end
-    lo, hi = np.concatenate([low, np.zeros(m)]), np.concatenate([high, np.full(m, np.inf)])
-    T, t = np.vstack([G, c]), np.append(-h, 0.0)           # the last row is the objective
-    ends, basic = np.arange(n), n + np.arange(m)
-    top = c < 0                                            # at the upper end?
-    for _ in range(50 * (m + n)):
-        at = np.where(top, hi[ends], lo[ends])
-        v = T[:m] @ at + t[:m]
-        outside = np.maximum(lo[basic] - v, v - hi[basic])
-        r = outside.argmax() if m else 0
-        if not m or outside[r] <= tiny:
-            x, beta = np.empty(n), np.zeros(m)
-            for var, value in zip([*ends, *basic], [*at, *v]):
-                if var < n:
-                    x[var] = value
-            slack = ends >= n
-            beta[ends[slack] - n] = T[m, slack].clip(0)
-            return x, [beta / size]
-        up = 1 if v[r] < lo[basic[r]] else -1              # where basic variable r has to go
-        helps = up * T[r] * np.where(top, -1, 1)           # what moving each from its end does
-        ratio = np.where(helps > tiny, np.abs(T[m]) / np.maximum(helps, tiny), np.inf)
-        j = ratio.argmin() if n else 0
-        if not np.isfinite(ratio[j]):                      # nothing helps: row r is a proof
-            beta, slack = np.zeros(m), ends >= n
-            beta[ends[slack] - n] = (-up * T[r, slack]).clip(0)
-            if basic[r] >= n:
-                beta[basic[r] - n] = 1
-            return None, [beta / size * 10.0 ** k for k in range(-2, 11)]
-        row = np.append(-T[r] / T[r, j], -t[r] / T[r, j])  # solve row r for the j-th end
-        row[j] = 1 / T[r, j]
-        column = T[:, j].copy()
-        T[:, j] = 0
-        T, t = T + np.outer(column, row[:-1]), t + column * row[-1]
-        T[r], t[r] = row[:-1], row[-1]
-        ends[j], basic[r], top[j] = basic[r], ends[j], up < 0
-    return None, []
-
-
-def _plant(net, x, y, settings, verdicts, upper):
-    """Tables in the dtype of x and in float64, and a tree per sample: its roots are the margins
-    that alpha-CROWN leaves open, with slopes of their own for each."""
-    eps, tolerance = settings.eps, settings.tolerance
-    # On large networks the ascent alone takes longer than a sample has; DeepPoly has to do there.
-    slow = any(10 * v.seconds_by_stage.get("deeppoly", 0) > settings.timeout for v in verdicts)
-    double, x64, y64 = in_float64(net, x, y)
-    bounds = preactivation_bounds(double, x64, eps, "deeppoly" if slow else "alpha-crown",
-                                  skip_stable=True)
-    empty, order = x64.new_zeros(len(x), 0), itertools.count()
-    l, u = (torch.cat([empty, *(pair[side].flatten(1) for pair in bounds)], 1) for side in (0, 1))
-    wide = _tables(double, x64, y64, eps, l, u)
-    tables = _tables(net, x, y, eps, l.to(x), u.to(x))
-    slopes, none = adaptive(tables.l, tables.u), torch.zeros(0)
-    trees = [Tree(i, v, upper[i]) for i, v in enumerate(verdicts)]
-    roots = [Node(v.bound, next(order), i, k, none.long(), none, none, slopes[i])
-             for i, v in enumerate(verdicts) for k in range(tables.rows.shape[1]) if k != y[i]]
-    for start in range(0, len(roots), 4 * WIDTH):
-        part = roots[start:start + 4 * WIDTH]
-        for node in _bounded(tables, wide, part, trees, tolerance, STEPS):
-            trees[node.sample].add(node, tolerance)
-    return tables, wide, trees, order
-
-
-def _grow(net, x, y, settings, tables, wide, trees, active, order):
-    """Cut the worst nodes of the active trees and bound their halves. How many of each tree."""
-    quota, limit = max(1, WIDTH // len(active)), STORE // (TREES * max(1, tables.l.shape[1]))
-    nodes = [tree.pop(limit) for tree in active for _ in range(min(quota, len(tree.heap)))]
-    goals = [trees[node.sample].goal(settings.tolerance) for node in nodes]
-    neurons, bounds, points = _branch(tables, nodes, goals)
-    _try_points(net, x, y, settings.eps, points, nodes, active)
-    cut = [i for i, neuron in enumerate(neurons) if neuron is not None]
-    if cut:
-        halves = [half for i in cut for half in _halves(nodes[i], neurons[i], order)]
-        for half in _bounded(tables, wide, halves, trees, settings.tolerance, NODE_STEPS,
-                             [bound for i in cut for bound in bounds[i]]):
-            trees[half.sample].add(half, settings.tolerance)
-    for node in [node for node, neuron in zip(nodes, neurons) if neuron is None]:
-        tree = trees[node.sample]
-        bound, point = _settle_linear(wide, node)
-        _try_points(net, x, y, settings.eps, point[None], [node], [tree])
-        bound = max(bound, node.bound)
-        tree.proved = min(tree.proved, bound)
-        tree.stuck |= not bound > tree.goal(settings.tolerance)
-    return Counter(node.sample for node in nodes)
-
-
-def _grow_trees(net, x, y, settings, verdicts, upper, report):
-    """Settle samples by alpha-CROWN, at the roots, and by branch and bound."""
-    begun = time.time()
-    tables, wide, trees, order = _plant(net, x, y, settings, verdicts, upper)
-    for v in verdicts:
-        v.spend("alpha-crown", (time.time() - begun) / len(verdicts))
-
-    def over(tree):
-        v, sign_is_enough = tree.verdict, settings.tolerance == math.inf
-        return not tree.heap or "branch-and-bound" not in settings.stages \
-            or v.seconds > settings.timeout or sign_is_enough and (
-                tree.stuck or v.status == "attacked")
-
-    waiting = list(trees)
-    stage = "alpha-crown" if "alpha-crown" in settings.stages else "branch-and-bound"
-    while waiting:
-        for tree in [tree for tree in waiting if over(tree)]:
-            v = tree.verdict
-            v.bound = max(v.bound, tree.bound())
-            if v.bound > ROUNDING and v.status == "attacked":
-                raise ContradictionError(v.index, stage, v.bound, v.counterexample)
-            if v.bound > 0 and v.status == "unknown":
-                v.status, v.stage = "certified", stage
-            waiting.remove(tree)
-            report(v)
-        stage, begun, active = "branch-and-bound", time.time(), waiting[:TREES]
-        if active:
-            cut = _grow(net, x, y, settings, tables, wide, trees, active, order)
-            for sample, nodes in cut.items():
-                verdicts[sample].spend(stage, (time.time() - begun) * nodes / cut.total())
-
-
-# --------------------------------------------------------------------------------------- self-check
-
-def random_problem(seed):
-    """A random network, 6 images, the labels it gives them, and a radius."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        pick = lambda *values: values[int(torch.randint(len(values), ()))]
-        x = h = torch.rand(6, pick(1, 2), pick(4, 5, 6), pick(4, 5, 7))
-        layers = []
-        def add(layer):
-            nonlocal h
-            layers.append(layer.eval())
-            h = layer(h)
-        for _ in range(pick(0, 1, 2)):
-            kernel = min(pick(1, 2, 3), *h.shape[2:])
-            add(nn.Conv2d(h.shape[1], pick(2, 4), kernel, pick(1, 2), pick(0, kernel // 2)))
-            if pick(True, False):
-                layer = nn.BatchNorm2d(h.shape[1])
-                for t in (layer.weight, layer.bias, layer.running_mean):
-                    t.normal_()
-                layer.running_var.uniform_(0.2, 3)
-                add(layer)
-            add(nn.ReLU())
-        add(nn.Flatten())
-        for _ in range(pick(1, 2)):
-            add(nn.Linear(h.shape[1], pick(4, 8, 12)))
-            add(nn.ReLU())
-        add(nn.Linear(h.shape[1], pick(2, 3, 5)))
-        net, gain = nn.Sequential(*layers), pick(0.7, 1.0, 2.0, 4.0)
-        for p in net.parameters():
-            p.mul_(gain)
-        return net, x, net(x).argmax(1), pick(0.01, 0.03, 0.1, 0.3)
-
-
-def self_check(limit=math.inf, seed=0, show=lambda line: None):
-    """Attack the bounds and verdicts of random networks: (checks, contradictions).
-
-    A check is one image and one claim: that the bounds of a relaxation (textbook, or skip_stable)
-    enclose what the neurons and margins are at all points tried, in float64, or that a verdict of
-    certify is not contradicted: "certified" by a point, "attacked" by a counterexample that is
-    outside of the ball, or rightly classified. The points: PGD with 5 restarts of 60 steps, random
-    ones, and random corners of the ball. Stops at the limit, or when interrupted.
-    """
-    checks, contradictions, K = 0, [], 20
-    try:
-        for seed in itertools.count(seed):
-            net, x, y, eps = random_problem(seed)
-            worst = attack(net, x, y, eps, steps=60, restarts=5, seed=seed)
-            wide, x64, worst, _ = in_float64(net, x, worst, y)
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.empty(2 * K, *x.shape, dtype=torch.float64).uniform_(
-                -1, 1, generator=generator)
-            noise[K:] = noise[K:].sign()
-            points = torch.cat([worst[None], (x64 + eps * noise).clamp(0, 1)])    # (1 + 2 K, B, ..)
-            for relax, skip in itertools.product(RELAXATIONS, (False, True)):
-                for image in _outside(wide, x64, y, eps, points, relax, skip):
-                    contradictions.append(f"seed {seed}, image {image}, {relax}, skip {skip}")
-                checks += len(x)
-            try:
-                margins = torch.stack([forward_margin(wide, p, y) for p in points]).amin(0)
-                for v in certify(net, x, y, eps, timeout=1.0, seed=seed):
-                    i, point = v.index, v.counterexample
-                    wrong = v.status == "certified" and margins[i] <= -ROUNDING
-                    if v.status == "attacked":
-                        wrong = ((point.double() - x64[i]).abs().max() > eps
-                                 or forward_margin(wide, point[None], y[i:i + 1]) > 0)
-                    if wrong:
-                        contradictions.append(f"seed {seed}, image {i}, {v.status} by {v.stage}")
-            except ContradictionError as e:
-                contradictions.append(f"seed {seed}, image {e.index}: {e}")
-            checks += len(x)
-            show(f"{checks} checks, {len(contradictions)} contradictions")
-            if checks >= limit:
-                break
-    except KeyboardInterrupt:
-        pass
-    return checks, contradictions
-
-
-@torch.no_grad()
-def _outside(net, x, y, eps, points, relax, skip):
-    """The images for which some point violates some bound, beyond rounding in float64."""
-    bounds = preactivation_bounds(net, x, eps, relax, skip_stable=skip, steps=5)
-    low = margin_lower_bounds(net, x, y, eps, relax, skip_stable=skip, steps=5)
-    h, n, wrong = points.flatten(0, 1), 0, torch.zeros(len(x), dtype=torch.bool)
-    for layer in net:
-        if isinstance(layer, nn.ReLU):
-            z = h.unflatten(0, points.shape[:2]).flatten(2)
-            l, u = (t.flatten(1) for t in bounds[n])
-            slack = 1e-9 * (1 + l.abs() + u.abs())
-            wrong |= ~((z >= l - slack) & (z <= u + slack)).all(2).all(0)      # NaN is wrong too
-            n += 1
-        h = layer(h)
-    logits = h.unflatten(0, points.shape[:2])
-    margins = logits.gather(2, y.expand(len(points), -1)[..., None]) - logits
-    wrong |= ~(margins >= low - 1e-9 * (1 + low.abs())).all(2).all(0)
-    return wrong.nonzero().flatten().tolist()
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -636,8 +598,10 @@ def summary(verdicts, stages):
     """The final table, as lines of text: counts that add up to the number of samples."""
     n, counts = len(verdicts), Counter(v.status for v in verdicts)
     settled = Counter(v.stage for v in verdicts if v.status == "certified")
+
     def line(title, k):
         return f"  {title:34}{100 * k / n:7.2f} %   {k}/{n}"
+
     lines = [line("natural accuracy", n - counts["misclassified"]),
              line("not attacked (upper bound)", counts["certified"] + counts["unknown"])]
     total = 0
@@ -645,10 +609,10 @@ def summary(verdicts, stages):
         total += settled[stage]
         lines.append(line(f"certified up to {stage}", total))
     spent = sum((Counter(v.seconds_by_stage) for v in verdicts), Counter())
-    lines.append("  seconds: " + ", ".join(f"{s} {spent[s]:.1f}" for s in ("attack", *STAGES)
-                                           if s in spent))
-    lines.append("  " + " + ".join(f"{counts[s]} {s}" for s in STATUSES) + f" = {n} samples, "
-                 f"{sum(v.seconds for v in verdicts):.1f} s")
+    seconds = [f"{stage} {spent[stage]:.1f}" for stage in ("attack", *STAGES) if stage in spent]
+    lines.append("  seconds: " + ", ".join(seconds))
+    total = " + ".join(f"{counts[status]} {status}" for status in STATUSES)
+    lines.append(f"  {total} = {n} samples, {sum(v.seconds for v in verdicts):.1f} s")
     return lines
 
 
@@ -660,45 +624,10 @@ def newest_run(root="runs"):
     return runs[-1].parent
 
 
-def sealed(row):
-    """A line of JSON with a checksum of the rest of it."""
-    return json.dumps(row | {"crc": zlib.crc32(json.dumps(row).encode())})
-
-
-def unsealed(line):
-    """The row of such a line; raises ValueError, KeyError or TypeError if it was damaged."""
-    row = json.loads(line)
-    if row.pop("crc") != zlib.crc32(json.dumps(row).encode()):
-        raise ValueError("wrong checksum")
-    return row
-
-
-def open_log(path, header):
-    """Verdicts that path already holds {index: Verdict}, and the file to append to.
-
-    The first line of the file is its settings. A file of other settings is never touched; a last
-    line that an interrupt cut short is dropped.
-    """
-    known, file = {}, open(path, "a")
-    claim(file, path)
-    if path.stat().st_size:
-        lines = path.read_bytes().split(b"\n")[:-1]            # what ends in a newline is complete
-        try:
-            same = bool(lines) and unsealed(lines[0]) == header
-            for r in map(unsealed, lines[1:] if same else []):
-                bound = -math.inf if r["bound"] is None else r["bound"]
-                known[r["index"]] = Verdict(r["status"], r["stage"], bound, r["seconds"],
-                                            seconds_by_stage=r["seconds_by_stage"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            same = False
-        if lines and not same:
-            raise InputError(f"{path} holds other results, or is damaged; choose another file with "
-                             "--out, or delete it")
-        with open(path, "r+b") as f:
-            f.truncate(sum(len(line) + 1 for line in lines))
-    if not path.stat().st_size:
-        print(sealed(header), file=file, flush=True)
-    return known, file
+def verdict_of(row):
+    bound = -math.inf if row["bound"] is None else row["bound"]
+    return Verdict(row["status"], row["stage"], bound, row["seconds"],
+                   seconds_by_stage=row["seconds_by_stage"])
 
 
 def parse_args(argv):
@@ -719,36 +648,17 @@ def parse_args(argv):
     p.add_argument("--seed", type=count(0), default=0)
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--data-dir", help="default: that of the run")
-    p.add_argument("--self-check", metavar="N", nargs="?", type=count(1), const=10 ** 9,
-                   help="instead: N checks of random networks, or as many as you let it do")
     p.add_argument("--out", help="JSON lines, one verdict each; default: RUN/certify-epsEPS.jsonl")
     return p.parse_args(argv)
 
 
-def merge(path, header, known, file):
-    """Move the verdicts of other processes, path.1, path.2, ..., into those of the first."""
-    for part in sorted(path.parent.glob(path.name + ".[0-9]*")):
-        more, handle = open_log(part, header)
-        with handle:
-            known |= more
-            file.writelines(part.read_text().splitlines(keepends=True)[1:])
-            file.flush()
-            part.unlink()
-
-
 def main(argv=None):
     args = parse_args(argv)
-    if args.self_check:
-        show, begun = Progress(), time.time()
-        checks, contradictions = self_check(args.self_check, args.seed, show)
-        show.done(f"{checks} checks, {len(contradictions)} contradictions, "
-                  f"{duration(time.time() - begun)}")
-        sys.exit("\n".join(contradictions) or 0)
     device = pick_device(args.device)
     folder = Path(args.run) if args.run else newest_run()
     net, config, _ = load_run(folder)
-    data = hold_out(load_dataset(config["dataset"], args.data_dir or config["data_dir"]),
-                    config["validation"] if args.validation is None else args.validation)
+    data = load_dataset(config["dataset"], args.data_dir or config["data_dir"])
+    data = hold_out(data, config["validation"] if args.validation is None else args.validation)
     if list(data.x_test.shape[1:]) != config["input_shape"] or data.classes != config["classes"]:
         raise InputError(f"{folder} was trained on images {config['input_shape']} of "
                          f"{config['classes']} classes, but {config['dataset']} has "
@@ -760,70 +670,89 @@ def main(argv=None):
 def certify_run(net, config, data, folder, args, device):
     """Write a verdict for each test image, and show their counts. With many processes each takes
     its share; the first gathers what they wrote."""
-    (rank, world), eps = ranks(), config["eps"] if args.eps is None else args.eps
+    eps = config["eps"] if args.eps is None else args.eps
     n = min(len(data.x_test), args.samples or config["test_subset"] or len(data.x_test))
     path = Path(args.out) if args.out else folder / f"certify-eps{eps:.6g}.jsonl"
-    points = path.with_suffix(".counterexamples")
     settings = dict(stages=[s for s in STAGES if s in args.stages], timeout=args.timeout,
                     steps=args.steps, seed=args.seed,
                     restarts=data.classes if args.restarts is None else args.restarts)
     header = dict(run=folder.resolve().name, eps=eps, **settings,
                   network=checksum(*net.state_dict().values()),
                   images=checksum(data.x_test, data.y_test))
-    known = {}
-    try:
-        if rank == 0:
-            known, file = open_log(path, header)
-            merge(path, header, known, file)                       # of a job that was interrupted
-        todo = [[i for i in range(n) if i not in known]]
-        if world > 1:
-            dist.broadcast_object_list(todo, src=0)
-        todo = todo[0][rank::world]
-        if rank:
-            _, file = open_log(path.with_name(f"{path.name}.{rank}"), header)
-    except OSError as e:
-        raise InputError(f"--out {path} cannot be written ({e})") from None
-    print(f"{folder}: {config['net']} trained by {config['relax']}, {config['opt']}; "
-          f"eps {eps:.4g}; {n} test images"
-          + (f", {len(known)} verdicts already in {path}" if known else ""))
-    show, begun, numbers = Progress(), time.time(), itertools.count(1)
 
-    def report(v):
-        i, done = todo[v.index], next(numbers)
-        known[i] = v
-        row = dict(index=i, label=int(data.y_test[i]), status=v.status, stage=v.stage,
-                   bound=v.bound if v.bound > -math.inf else None, seconds=v.seconds,
-                   seconds_by_stage=v.seconds_by_stage)
-        if v.counterexample is not None:
-            row["counterexample"] = f"{points.name}/{i}.npy"
-            points.mkdir(exist_ok=True)
-            np.save(points / f"{i}.npy", v.counterexample.cpu().numpy())
-        print(sealed(row), file=file, flush=True)
-        counts = Counter(v.status for v in known.values())
-        left = (time.time() - begun) / done * (len(todo) - done)
-        show(f"{len(known)}/{n}  " + "  ".join(f"{counts[s]} {s}" for s in STATUSES)
-             + f"  {duration(left)} left")
-
-    with file:
-        x, y = data.x_test[todo].to(device), data.y_test[todo].to(device)
+    def certify_some(indices, report):
+        x, y = data.x_test[indices].to(device), data.y_test[indices].to(device)
         try:
             certify(net, x, y, eps, batch=args.batch_size, report=report, **settings)
         except ContradictionError as e:
-            points.mkdir(exist_ok=True)
-            witness = points / f"contradiction-{todo[e.index]}.npy"
-            np.save(witness, e.counterexample.cpu().numpy())
-            print(f"abort: test image {todo[e.index]} is certified and attacked: {e}. The "
-                  f"counterexample is in {witness}", file=sys.stderr)
+            i = indices[e.index]
+            witness = save_point(points_of(path), f"contradiction-{i}", e.counterexample)
+            print(f"abort: test image {i} is certified and attacked: {e}. The counterexample is in "
+                  f"{witness}", file=sys.stderr)
             sys.exit(1)
-        if rank:
-            file.close()                                           # and its claim is given up
-        if world > 1:
-            dist.barrier()
-        if rank == 0:
-            merge(path, header, known, file)
-    show.done(f"verdicts in {path}, counterexamples in {points}:")
-    if rank == 0:
-        print("\n".join(summary([known[i] for i in range(n)], settings["stages"])))
+
+    title = (f"{folder}: {config['net']} trained by {config['relax']}, {config['opt']}; "
+             f"eps {eps:.4g}; {n} test images")
+    labels = data.y_test[:n].tolist()
+    verdicts = write_verdicts(path, header, labels, certify_some, verdict_of, title)
+    if ranks()[0] == 0:
+        print("\n".join(summary([verdicts[i] for i in range(n)], settings["stages"])))
+
+
+# ------------------------------------------------------------------------- a linear program exactly
+
+def linear_program(c, G, h, low, high):
+    """min c.x  subject to  G x >= h and low <= x <= high, by the dual simplex method.
+
+    Returns x (None if infeasible) and a list of multipliers beta >= 0 to try: at the last of them,
+    min over low <= x <= high of c.x - beta.(G x - h) is the optimum, or, if infeasible, large.
+
+    Each variable v, that is x or a slack w = G x - h >= 0, is either at one of its ends ("at", n of
+    them) or basic: basic = T at + t. The start is dual feasible whatever c is, because x is bounded
+    on both sides: every x at the end that c prefers.
+    """
+    (m, n), tiny = G.shape, 1e-9                           # of pixels; constraints are normalised
+    size = np.abs(G).max(1, initial=0)
+    size[size == 0] = 1
+    G, h = G / size[:, None], h / size                     # multipliers are divided in the end
+    lo = np.concatenate([low, np.zeros(m)])
+    hi = np.concatenate([high, np.full(m, np.inf)])
+    T, t = np.vstack([G, c]), np.append(-h, 0.0)           # the last row is the objective
+    ends, basic = np.arange(n), n + np.arange(m)
+    top = c < 0                                            # at the upper end?
+    for _ in range(50 * (m + n)):
+        at = np.where(top, hi[ends], lo[ends])
+        v = T[:m] @ at + t[:m]
+        outside = np.maximum(lo[basic] - v, v - hi[basic])
+        r = outside.argmax() if m else 0
+        if not m or outside[r] <= tiny:
+            x, price = np.empty(n + m), np.zeros(n + m)
+            x[ends], x[basic], price[ends] = at, v, T[m]
+            return x[:n], [price[n:].clip(0) / size]
+        up = 1 if v[r] < lo[basic[r]] else -1              # where basic variable r has to go
+        helps = up * T[r] * np.where(top, -1, 1)           # what moving each from its end does
+        cost = np.abs(T[m]) / np.maximum(helps, tiny)
+        ratio = np.where(helps > tiny, cost, np.inf)
+        j = ratio.argmin() if n else 0
+        if not np.isfinite(ratio[j]):                      # nothing helps: row r is a proof
+            proof = np.zeros(n + m)
+            proof[ends], proof[basic[r]] = (-up * T[r]).clip(0), 1
+            beta = proof[n:] / size * (np.abs(c).max() or 1)
+            return None, [beta * 10.0 ** k for k in range(-2, 11)]
+        pivot(T, t, r, j)
+        ends[j], basic[r], top[j] = basic[r], ends[j], up < 0
+    return None, []
+
+
+def pivot(T, t, r, j):
+    """Basic variable r and the j-th of those at their ends change places, in place."""
+    row, constant = -T[r] / T[r, j], -t[r] / T[r, j]       # row r solved for the j-th
+    row[j] = 1 / T[r, j]
+    column = T[:, j].copy()
+    T[:, j] = 0
+    T += np.outer(column, row)
+    t += column * constant
+    T[r], t[r] = row, constant
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import inspect
 import json
 import math
 import re
-import signal
 import sys
 from collections import OrderedDict
 from copy import deepcopy
@@ -25,10 +24,13 @@ import certify
 import gls
 import relaxations
 import train
-from plumbing.for_tests import QUICK, QUICK_RUN, command, fuzz, npz, stop_at
+from plumbing.for_tests import QUICK, QUICK_RUN, command, npz
 from plumbing.processes import members_at_once
 from plumbing.runs import LOG
 from relaxations import margin_lower_bounds, preactivation_bounds
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+import self_check                                                                  # noqa: E402
 
 torch.set_num_threads(1)     # tiny networks: a second thread only spins
 RELAXATIONS = relaxations.RELAXATIONS[:3]     # alpha-crown, which is slow, has tests of its own
@@ -1553,26 +1555,28 @@ def test_complete_verdicts_and_minimum_margins_equal_an_oracle(sizes, oracle):
     stages, statuses = set(), set()
     for seed in range(8):
         net, eps = rough_mlp(sizes, seed), (0.05, 0.2, 0.5)[seed % 3]
+        unit = (1.0, 2.0 ** 20)[seed % 2]                  # of the logits
+        net[-1].weight *= unit
+        net[-1].bias *= unit
         x = torch.rand(15, sizes[0], dtype=torch.float64)
         y = net(x).argmax(1)
         minimum = [oracle(net, a, b, eps) for a, b in zip(x, y.tolist())]
-        exact = certify.certify(net, x, y, eps, restarts=0, tolerance=1e-5)
+        exact = certify.certify(net, x, y, eps, restarts=0, tolerance=1e-5 * unit)
         signs = certify.certify(deepcopy(net).float(), x.float(), y, eps, restarts=0)
         for v, w, m in zip(exact, signs, minimum):
             want = "certified" if m > 0 else "attacked"
-            if min(abs(m), 1) > 1e-6:                      # float32 inputs are not quite these
+            if abs(m) > 1e-6 * unit:                       # float32 inputs are not quite these
                 assert v.status == w.status == want
-            assert v.bound <= m + 1e-12 and m <= v.bound + 1e-5
-            assert w.bound <= m + 1e-5
+            assert v.bound <= m + 1e-12 * unit and m <= v.bound + 1e-5 * unit
+            assert w.bound <= m + 1e-5 * unit
             stages |= {v.stage, w.stage}
             statuses |= {v.status}
     assert statuses == {"certified", "attacked"} and "branch-and-bound" in stages
 
 
-@pytest.mark.parametrize("seed", [36, 65, *range(6)])
-def test_float32_networks_near_zero_are_settled_as_in_float64(seed):
-    """Large biases that cancel leave float32 with errors of 1e-4; the minimum of image 0 is 0, or
-    up to 2e-5 below. No wrong certificate, and no false alarm about a contradiction."""
+def biased(seed):
+    """A float32 network with large biases that cancel: errors of 1e-4. The minimum of image 0 is 0,
+    or up to 2e-5 below."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(1, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     net.eval().requires_grad_(False)
@@ -1580,8 +1584,16 @@ def test_float32_networks_near_zero_are_settled_as_in_float64(seed):
         layer.weight *= 4 + 4 * (seed % 2)
     net[2].bias += (30.0, 100.0, 300.0)[seed % 3]
     x, y, eps = torch.rand(6, 1), torch.zeros(6).long(), 0.5
+    minimum = minimum_on_a_line(deepcopy(net).double(), x[0].double(), 0, eps)
+    net[4].bias[0] -= minimum + (seed % 3) * 1e-5
+    return net, x, y, eps
+
+
+@pytest.mark.parametrize("seed", [36, 65, *range(6)])
+def test_float32_networks_near_zero_are_settled_as_in_float64(seed):
+    """No wrong certificate, and no false alarm about a contradiction."""
+    net, x, y, eps = biased(seed)
     double = lambda: deepcopy(net).double()
-    net[4].bias[0] -= minimum_on_a_line(double(), x[0].double(), 0, eps) + (seed % 3) * 1e-5
     for stages in (["branch-and-bound"], certify.STAGES):
         verdicts = certify.certify(net, x, y, eps, restarts=1, stages=stages, timeout=5)
         for i, v in enumerate(verdicts):
@@ -1605,18 +1617,18 @@ def test_ties_are_no_contradictions():
 
 
 def random_subdomain(net, x, y, eps, cuts, seed=0):
-    """A node with random cuts and random multipliers, slopes and target; its tables."""
+    """A node with random cuts and random multipliers, slopes and target; its problem."""
     g = torch.Generator().manual_seed(seed)
     bounds = preactivation_bounds(net, x, eps, "deeppoly")
-    l, u = (torch.cat([pair[side].flatten(1) for pair in bounds], 1) for side in (0, 1))
-    tables = certify._tables(net, x, y, eps, l, u)
-    unstable = ((l[0] < 0) & (u[0] > 0)).nonzero().flatten()
+    problem = certify.pose(net, x, y, eps, 1.0, bounds)
+    l, u = problem.l[0], problem.u[0]
+    unstable = ((l < 0) & (u > 0)).nonzero().flatten()
     neurons = unstable[torch.randperm(len(unstable), generator=g)[:cuts]]
     signs = torch.randint(0, 2, neurons.shape, generator=g).to(x) * 2 - 1
     multipliers = signs * torch.rand(neurons.shape, generator=g).to(x)
-    slopes = torch.rand(l[0].shape, generator=g).to(x)
-    return tables, certify.Node(-math.inf, 0, 0, (int(y[0]) + 1) % tables.rows.shape[1], neurons,
-                                signs, multipliers, slopes)
+    slopes = torch.rand(l.shape, generator=g).to(x)
+    target = (int(y[0]) + 1) % problem.rows.shape[1]
+    return problem, certify.Node(-math.inf, 0, target, neurons, signs, multipliers, slopes)
 
 
 def test_a_counterexample_contradicts_a_certificate_unless_both_are_a_tie():
@@ -1624,14 +1636,14 @@ def test_a_counterexample_contradicts_a_certificate_unless_both_are_a_tie():
     for p, value in zip(net.parameters(), (1.0, -0.5, torch.tensor([[1.0], [0.0]]), 0.0)):
         p[:] = value                                       # the margin of class 0 is relu(x - 1/2)
     x, y = torch.tensor([[0.8]]).double(), torch.tensor([0])
-    _, node = random_subdomain(net, x, y, 0.4, 0)
+    problem, node = random_subdomain(net, x, y, 0.4, 0)
     point = torch.tensor([[0.45]]).double()                # margin 0
     tree = certify.Tree(0, certify.Verdict("certified", "box", 1e-16), 1.0)
-    certify._try_points(net, x, y, 0.4, point, [node], [tree])
+    certify.try_points(problem, point, [node], [tree])
     assert tree.verdict.status == "attacked" and (tree.verdict.counterexample == point[0]).all()
     tree = certify.Tree(0, certify.Verdict("certified", "box", 0.1), 1.0)
     with pytest.raises(certify.ContradictionError, match="a bound is unsound"):
-        certify._try_points(net, x, y, 0.4, point, [node], [tree])
+        certify.try_points(problem, point, [node], [tree])
 
 
 @pytest.mark.parametrize("steps", [0, 10])
@@ -1644,25 +1656,25 @@ def test_bounds_of_subdomains_are_sound_inside_and_halves_cover_the_whole(name, 
     z = torch.cat([t.flatten(1) for t in relu_inputs(net, points)], 1)
     logits = net(points)
     for seed in range(30):
-        tables, node = random_subdomain(net, x, y, eps, seed % 4, seed)
+        problem, node = random_subdomain(net, x, y, eps, seed % 4, seed)
         margin = logits[:, y[0]] - logits[:, node.target]
-        sub = certify._subdomains(tables, [node])
-        low, slopes, multipliers = relaxations.subdomain_bounds(tables.stages, sub, steps)
+        sub = certify.subdomains(problem, [node])
+        low, slopes, multipliers = relaxations.subdomain_bounds(problem.stages, sub, steps)
         inside = (z[:, node.neurons] * node.signs >= 0).all(1)
         assert (margin[inside] >= low - 1e-9).all()
         found += int(inside.sum())
         again = sub._replace(slopes=slopes, multipliers=multipliers)         # they give that bound
-        assert torch.allclose(relaxations.subdomain_bounds(tables.stages, again)[0], low)
+        assert torch.allclose(relaxations.subdomain_bounds(problem.stages, again)[0], low)
         # Halves: no point of the whole is in neither, no bound is below that of the whole.
         node = node._replace(bound=low.item(), slopes=slopes[0],
                              multipliers=multipliers[0, node.neurons])
         free = [i for i in range(sub.l.shape[1]) if sub.l[0, i] < 0 < sub.u[0, i]]
         if free:
-            halves = list(certify._halves(node, free[0], iter(range(1, 9))))
+            halves = list(certify.halves(node, free[0]))
             sides = [(z[:, h.neurons] * h.signs >= 0).all(1) for h in halves]
             assert (sides[0] | sides[1])[inside].all() and not (sides[0] & sides[1] & ~inside).any()
             tree = certify.Tree(0, certify.Verdict(), 1.0)
-            bounded = certify._bounded(tables, tables, halves, [tree], math.inf, steps)
+            bounded = certify.raise_bounds(problem, problem, halves, [tree], steps)
             for half, side in zip(bounded, sides):
                 assert half.bound >= low.item() and (margin[side] >= half.bound - 1e-9).all()
     assert found > 10000
@@ -1706,12 +1718,12 @@ def test_beta_by_hand():
     net[2].weight[:] = torch.tensor([[0.0, 1.0], [0.0, 0.0]])              # margin: (x + 1) + bias
     net[2].bias[:] = torch.tensor([-1.25, 0.0])                            # = x - 1/4 = z
     x, y = torch.tensor([[0.5]]).double(), torch.tensor([0])
-    tables, node = random_subdomain(net, x, y, 0.5, 0)
+    problem, node = random_subdomain(net, x, y, 0.5, 0)
     def bound(sign, beta, steps=0):
         cut = node._replace(neurons=torch.tensor([0]), signs=torch.tensor([sign]).double(),
                             multipliers=torch.tensor([sign * beta]).double())
-        sub = certify._subdomains(tables, [cut])
-        return relaxations.subdomain_bounds(tables.stages, sub, steps)[0].item()
+        sub = certify.subdomains(problem, [cut])
+        return relaxations.subdomain_bounds(problem.stages, sub, steps)[0].item()
     assert bound(1, 0.0) == pytest.approx(-0.25)           # min over x in [0, 1] of x - 1/4
     assert bound(1, 0.5) == pytest.approx(-0.125)          # of (x - 1/4)(1 - 1/2)
     assert bound(1, 1.0) == pytest.approx(0.0)             # the minimum where z >= 0
@@ -1798,6 +1810,163 @@ def test_linear_programs_by_brute_force():
     assert 20 < infeasible < 280
 
 
+def one_neuron(weight, bias, out, out_bias, dtype=torch.float64):
+    """z = weight x + bias, and logits out relu(z) + out_bias of a single pixel x."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, len(out))).to(dtype).eval()
+    with torch.no_grad():
+        net[0].weight[:], net[0].bias[:] = weight, bias
+        net[2].weight[:, 0], net[2].bias[:] = torch.tensor(out), torch.tensor(out_bias)
+    return net.requires_grad_(False)
+
+
+def test_a_case_that_only_the_ascent_certifies():
+    """z = 1.1 x - 1/2 in [-0.5, 0.6], so DeepPoly's lower line is z; the best one is 0. The margin
+    relu(z) + 1 is positive with both, and relu(z) + 0.1 with the best only: neither may the ascent
+    be left out, nor stop as soon as one of the two is positive."""
+    net = one_neuron(1.1, -0.5, [1.0, 0.0, 0.0], [0.0, -1.0, -0.1])
+    x, y = torch.tensor([[0.5]]).double(), torch.tensor([0])
+    run = lambda *stages: certify.certify(net, x, y, 0.5, stages=stages, restarts=0)[0]
+    assert run("deeppoly").status == "unknown"
+    assert run("deeppoly").bound == pytest.approx(-0.4)
+    v = run("alpha-crown")
+    assert (v.status, v.stage) == ("certified", "alpha-crown") and 0 < v.bound <= 0.1
+
+
+def test_a_margin_of_exactly_zero_is_no_certificate():
+    net = one_neuron(1.0, -0.5, [1.0, 0.0], [0.0, 0.0], torch.float32)     # relu(x - 1/2)
+    x, y = torch.tensor([[0.75], [0.25]]), torch.tensor([0, 0])
+    for stages in ([], certify.STAGES):
+        found, already = certify.certify(net, x, y, 0.5, stages=stages, restarts=1)
+        assert (found.status, found.stage) == ("attacked", "attack")
+        assert train.forward_margin(net, found.counterexample[None], y[:1]) == 0
+        assert (already.status, already.stage) == ("misclassified", "forward")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_tolerance_is_kept_in_float64_whatever_the_network_is_in(seed):
+    net, x, y, eps = biased(seed)
+    for v, pixel in zip(certify.certify(net, x, y, eps, restarts=0, tolerance=1e-7), x):
+        minimum = minimum_on_a_line(deepcopy(net).double(), pixel.double(), 0, eps)
+        if v.status != "misclassified":
+            assert v.bound <= minimum + 1e-10 and minimum <= v.bound + 1e-7
+
+
+def test_a_cut_neuron_is_bounded_by_zero_on_its_side_and_others_are_left_alone():
+    net, x, y = make("windows", batch=1)
+    problem, node = random_subdomain(net.requires_grad_(False), x, y, 0.2, 4)
+    node = node._replace(signs=torch.tensor([1.0, -1, -1, 1]).double())
+    sub = certify.subdomains(problem, [node, node._replace(signs=-node.signs)])
+    l, u = problem.l.repeat(2, 1), problem.u.repeat(2, 1)
+    for j, sign in zip(node.neurons.tolist(), node.signs.tolist()):
+        active, other = (0, 1) if sign > 0 else (1, 0)
+        assert l[0, j] < 0 < u[0, j]                       # z >= 0 on one side, z <= 0 on the other
+        l[active, j], u[other, j] = 0, 0
+        assert sub.signs[active, j] == 1 and sub.signs[other, j] == -1
+    assert torch.equal(sub.l, l) and torch.equal(sub.u, u)
+    assert (sub.signs != 0).sum() == 8
+
+
+UNITS = {  # radius, layers
+    "mlp": lambda: (0.04, [nn.Flatten(), nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(),
+                           nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 10)]),
+    "conv": lambda: (0.06, [nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1),
+                            nn.ReLU(), nn.Flatten(), nn.Linear(64, 20), nn.ReLU(),
+                            nn.Linear(20, 10)]),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, monkeypatch):
+    torch.manual_seed(0)
+    eps, layers = UNITS[name]()
+    net = nn.Sequential(*layers).eval().requires_grad_(False)
+    for layer in net:
+        if hasattr(layer, "weight"):
+            layer.weight *= 2
+    x = train.load_dataset("digits").x_test[:25]
+    y = net(x).argmax(1)
+    bounds, rows = certify.subdomain_bounds, [0]
+
+    def counted(stages, sub, *args, **options):
+        rows[0] += len(sub.rows)
+        return bounds(stages, sub, *args, **options)
+
+    monkeypatch.setattr(certify, "subdomain_bounds", counted)
+
+    def verdicts(factor):
+        scaled, rows[0] = deepcopy(net), 0
+        scaled[-1].weight *= factor
+        scaled[-1].bias *= factor
+        return certify.certify(scaled, x, y, eps, restarts=2, timeout=20), rows[0]
+
+    ours, work = verdicts(1.0)
+    assert sum(v.stage == "branch-and-bound" for v in ours) > 2 and work > 300
+    for factor in (2.0 ** -20, 2.0 ** 20, 1e-6, 1e6):
+        theirs, more = verdicts(factor)
+        assert [v.status for v in theirs] == [v.status for v in ours]
+        assert 0.7 * work < more < 1.4 * work
+        if math.log2(factor) % 1 == 0:
+            assert [v.stage for v in theirs] == [v.stage for v in ours]
+            for a, b in zip(ours, theirs):
+                assert b.bound / factor == pytest.approx(a.bound, rel=1e-4)
+
+
+def test_rounding_is_no_contradiction_whatever_the_unit_of_the_margins():
+    for unit in (1.0, 2.0 ** -30, 2.0 ** 30):
+        for bound, wrong in ((1e-9 * unit, False), (1e-3 * unit, True)):
+            proved = certify.Verdict("certified", "box", bound)
+            refuted = certify.Verdict("attacked")
+            for call in (lambda: proved.refute("attack", torch.zeros(1), unit),
+                         lambda: refuted.prove("box", bound, unit)):
+                if wrong:
+                    with pytest.raises(certify.ContradictionError, match="a bound is unsound"):
+                        call()
+                else:
+                    call()
+            assert refuted.status == "attacked" and (wrong or proved.status == "attacked")
+
+
+# ------------------------------------------------------------------- what certify refuses, at once
+
+@pytest.mark.parametrize("change", [
+    dict(eps=-0.1), dict(eps=math.nan), dict(eps=math.inf), dict(eps=None), dict(eps="0.1"),
+    dict(eps=torch.tensor([0.1, 0.2])), dict(timeout=math.nan), dict(timeout=-1.0),
+    dict(batch=0), dict(batch=-1), dict(batch=2.5), dict(steps=-1), dict(steps=math.nan),
+    dict(restarts=-1), dict(restarts=math.inf), dict(seed=-1), dict(tolerance=0.0),
+    dict(tolerance=math.nan), dict(stages=["deep-poly"]), dict(stages="box"),
+    dict(y=[0, 1, 2]), dict(y=torch.zeros(2).long()), dict(y=torch.zeros(3)),
+    dict(y=torch.zeros(3, 4).long()), dict(y=torch.tensor([0, 1, 4])),
+    dict(y=torch.tensor([0, -1, 2])),
+    dict(x=torch.rand(3, 6) + 0.5), dict(x=torch.full((3, 6), torch.nan)), dict(x=torch.rand(6)),
+    dict(x=(torch.rand(3, 6) - 0.5) / 0.25), dict(x=np.zeros((3, 6))), dict(x=torch.rand(3, 1, 6)),
+    dict(x=(255 * torch.rand(3, 6)).byte()), dict(x=torch.rand(3, 6).double())], ids=str)
+def test_nonsense_is_refused_before_the_first_stage(change, monkeypatch):
+    net, _, y = make("mlp", dtype=torch.float32)
+    arguments = dict(net=net, x=torch.rand(3, 6), y=y, eps=0.1) | change
+    monkeypatch.setattr(certify, "certify_batch", None)
+    with pytest.raises(ValueError):
+        certify.certify(**arguments)
+
+
+def test_what_bounds_refuse_is_refused_in_their_words_and_before_the_attack(monkeypatch):
+    monkeypatch.setattr(certify, "certify_batch", None)
+    net, x, y = make("mlp", dtype=torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = deepcopy(net).to(dtype), x.to(dtype)
+        with pytest.raises(ValueError, match="all float32 or all float64"):
+            margin_lower_bounds(*half, y, 0.1)
+        with pytest.raises(ValueError, match="all float32 or all float64"):
+            certify.certify(*half, y, 0.1)
+    unsupported = nn.Sequential(nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"layer 1 \(Sigmoid\)"):
+        certify.certify(unsupported, x, (unsupported(x).argmax(1) + 1) % 4, 0.1)
+    with pytest.raises(ValueError, match="a margin is between two"):
+        certify.certify(nn.Sequential(nn.Linear(6, 1)), x, torch.zeros(3).long(), 0.1)
+    net[1].forward = lambda z: z.clamp(min=-0.1)           # the network that runs is another one
+    with pytest.raises(ValueError, match="bounds and forward pass"):
+        certify.certify(net, x, y, 0.1)
+
+
 # ------------------------------------------------------------- certify.py from the command line
 
 def test_a_certified_and_attacked_sample_aborts(tmp_path, monkeypatch, capsys):
@@ -1818,50 +1987,6 @@ def test_a_certified_and_attacked_sample_aborts(tmp_path, monkeypatch, capsys):
         train.evaluate(net, data.x_test[:60], data.y_test[:60], 0.5)
 
 
-def test_certify_saves_what_it_finds_and_continues_where_it_stopped(tmp_path, capsys):
-    run = tmp_path / "run"
-    assert command(train.main, "--out", run, *"--net mlp --relax box --opt grad --eps-train 0 "
-                   "--init default --subset 400 --test-subset 60 --epochs 12 --ramp 1 --lr 0.01 "
-                   "--batch-size 50".split()) == 0
-    assert command(certify.main, run, "--eps", 0.07) == 0
-    printed = capsys.readouterr().out
-    assert " 0 unknown = 60 samples" in printed and "branch-and-bound" in printed
-    path = next(run.glob("*.jsonl"))
-    (net, *_), data = train.load_run(run), train.load_dataset("digits")
-    attacked = 0
-    for row in map(json.loads, path.read_text().splitlines()[1:]):
-        assert abs(sum(row["seconds_by_stage"].values()) - row["seconds"]) < 1e-9
-        if row["status"] == "attacked":
-            i, attacked = row["index"], attacked + 1
-            point = torch.from_numpy(np.load(run / row["counterexample"], allow_pickle=False))
-            assert (point.double() - data.x_test[i].double()).abs().max() <= 0.07
-            assert net.double()(point[None].double()).argmax() != data.y_test[i]
-    assert attacked > 10
-    times = ("seconds", "seconds_by_stage", "crc")
-    strip = lambda: sorted(({k: v for k, v in json.loads(l).items() if k not in times} for l in
-                            path.read_text().splitlines()), key=lambda r: r.get("index", -1))
-    whole, text = strip(), path.read_bytes()
-    path.write_bytes(text[:len(text) // 2])                            # cut in the middle of a line
-    assert command(certify.main, run, "--eps", 0.07) == 0
-    assert "verdicts already in" in capsys.readouterr().out
-    for a, b in zip(strip(), whole, strict=True):  # other batches: other rounding, same verdicts
-        assert a.get("bound") == pytest.approx(b.get("bound"), abs=1e-3)
-        assert {**a, "bound": 0} == {**b, "bound": 0}
-    before = path.read_bytes()
-    assert command(certify.main, run, "--eps", 0.07, "--steps", 3) == 2    # other settings
-    assert path.read_bytes() == before and "holds other results" in capsys.readouterr().err
-
-
-def test_verdicts_of_other_weights_are_not_those_of_the_run(tmp_path, capsys, monkeypatch):
-    run = tmp_path / "run"
-    with monkeypatch.context() as m:
-        stop_at(m, (2,), signal.SIGTERM)
-        assert command(train.main, "--out", run, *QUICK) == 143
-    assert command(certify.main, run, "--stages", "box") == 0
-    assert command(certify.main, run, "--stages", "box") == 0          # the same: continued
-    assert command(train.main, "--resume", run) == 0
-    assert command(certify.main, run, "--stages", "box") == 2
-    assert "holds other results" in capsys.readouterr().err
 
 
 def test_a_loss_that_explodes_stops_the_run(tmp_path, capsys):
@@ -1876,29 +2001,29 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path, capsys):
 # ------------------------------------------------------------------------------------- self-check
 
 def test_the_self_check_finds_planted_errors(monkeypatch, capsys):
-    assert command(certify.main, "--self-check", 200) == 0
+    assert command(self_check.main, 200) == 0
     assert re.search(r"2\d\d checks, 0 contradictions", capsys.readouterr().out)
-    sound = certify.margin_lower_bounds
-    monkeypatch.setattr(certify, "margin_lower_bounds",
+    sound = self_check.margin_lower_bounds
+    monkeypatch.setattr(self_check, "margin_lower_bounds",
                         lambda *args, **options: sound(*args, **options) + 0.02)
-    assert command(certify.main, "--self-check", 200) != 0
+    assert command(self_check.main, 200) != 0
     assert "contradiction" in capsys.readouterr().out
     monkeypatch.undo()
-    bounds = certify.preactivation_bounds
-    monkeypatch.setattr(certify, "preactivation_bounds", lambda *args, **options: [
+    bounds = self_check.preactivation_bounds
+    monkeypatch.setattr(self_check, "preactivation_bounds", lambda *args, **options: [
         (l, u - 0.05 * (u - l)) for l, u in bounds(*args, **options)])
-    assert len(certify.self_check(200)[1]) > 3
+    assert len(self_check.self_check(200)[1]) > 3
     monkeypatch.undo()
-    monkeypatch.setattr(certify, "certify", lambda net, x, *args, **options: [
+    monkeypatch.setattr(self_check, "certify", lambda net, x, *args, **options: [
         certify.Verdict("certified", "box", 1.0, 0.0, index=i) for i in range(len(x))])
-    assert any("box" in c for c in certify.self_check(400)[1])
+    assert any("box" in c for c in self_check.self_check(400)[1])
 
 
 def test_no_certificate_in_float32_is_contradicted_in_float64():
     """Radii at which the float64 bound is within 1e-2 to 1e-9 of zero, on either side."""
     cases, signs = 0, []
     for seed in range(7):
-        net, x, y, _ = certify.random_problem(seed)
+        net, x, y, _ = self_check.random_problem(seed)
         wide, x64, _ = train.in_float64(net, x, y)
         for relax in RELAXATIONS:
             low, high = torch.zeros(len(x)).double(), torch.ones(len(x)).double()
@@ -1921,27 +2046,6 @@ def test_no_certificate_in_float32_is_contradicted_in_float64():
     assert cases > 1000 and sum(a == b for a, b in signs) > 0.9 * cases
 
 
-
-def test_fuzzed_verdicts(tmp_path):
-    path, header = tmp_path / "certify.jsonl", dict(run="r", eps=0.1)
-    known, file = certify.open_log(path, header)
-    rows = [dict(index=i, status="certified", stage="box", bound=i / 7, seconds=0.25,
-                 seconds_by_stage={"box": 0.25}) for i in range(20)]
-    with file:
-        for row in rows:
-            print(certify.sealed(row), file=file)
-    def load():
-        known, file = certify.open_log(path, header)
-        file.close()
-        return known
-    def check(known, _):
-        assert all((v.status, v.bound) == ("certified", i / 7) for i, v in known.items())
-        assert set(known) <= set(range(20))
-    assert len(load()) == 20
-    fuzz(path, load, check)
-    path.write_text("[" * 10 ** 5 + "\n")
-    with pytest.raises(train.InputError, match="damaged"):
-        load()
 
 
 

@@ -76,7 +76,7 @@ def test_processes_share_the_images_to_certify(tmp_path, monkeypatch):
     args = "run --eps 0.01 --samples 40 --restarts 1 --steps 5".split()
     assert command(certify.main, *args, "--out", "one.jsonl") == 0
     assert together(3, *args, "--out", "many.jsonl", main=certify.main) == [0] * 3
-    read = lambda path: [certify.unsealed(line) for line in Path(path).read_text().splitlines()]
+    read = lambda path: [verdicts.unsealed(line) for line in Path(path).read_text().splitlines()]
     one, many = ({r["index"]: r["status"] for r in read(f"{name}.jsonl")[1:]}
                  for name in ("one", "many"))
     assert one == many and len(read("many.jsonl")) == 41 and len(set(one.values())) > 1

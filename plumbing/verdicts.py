@@ -1,0 +1,152 @@
+"""The file of verdicts: JSON lines, sealed by checksums, written as soon as each is known.
+
+The first line has the settings; a file is continued with the same settings only. With many
+processes each writes a file of its own, PATH.1, PATH.2, ..., which the first gathers into PATH.
+"""
+import itertools
+import json
+import math
+import time
+import zlib
+from collections import Counter
+
+import numpy as np
+import torch.distributed as dist
+
+from plumbing.console import InputError, Progress, duration
+from plumbing.processes import ranks
+from plumbing.runs import claim
+
+STATUSES = ("misclassified", "attacked", "certified", "unknown")
+
+
+def sealed(row):
+    """A line of JSON with a checksum of the rest of it."""
+    return json.dumps(row | {"crc": zlib.crc32(json.dumps(row).encode())})
+
+
+def unsealed(line):
+    """The row of such a line; raises ValueError, KeyError or TypeError if it was damaged."""
+    row = json.loads(line)
+    if row.pop("crc") != zlib.crc32(json.dumps(row).encode()):
+        raise ValueError("wrong checksum")
+    return row
+
+
+def open_log(path, header, read=dict):
+    """What path already holds, {index: read(row)}, and the file to append to.
+
+    The first line of the file is its settings. A file of other settings is never touched; a last
+    line that an interrupt cut short is dropped. Raises InputError.
+    """
+    known, file = {}, open(path, "a")
+    claim(file, path)
+    if path.stat().st_size:
+        lines = path.read_bytes().split(b"\n")[:-1]            # what ends in a newline is complete
+        try:
+            same = bool(lines) and unsealed(lines[0]) == header
+            for row in map(unsealed, lines[1:] if same else []):
+                known[row["index"]] = read(row)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            same = False
+        if lines and not same:
+            raise InputError(f"{path} holds other results, or is damaged; choose another file with "
+                             "--out, or delete it")
+        with open(path, "r+b") as f:
+            f.truncate(sum(len(line) + 1 for line in lines))
+    if not path.stat().st_size:
+        print(sealed(header), file=file, flush=True)
+    return known, file
+
+
+def merge(path, header, known, file, read=dict):
+    """Move the verdicts of other processes, path.1, path.2, ..., into those of the first."""
+    for part in sorted(path.parent.glob(path.name + ".[0-9]*")):
+        more, handle = open_log(part, header, read)
+        with handle:
+            known |= more
+            file.writelines(part.read_text().splitlines(keepends=True)[1:])
+            file.flush()
+            part.unlink()
+
+
+def open_share(path, header, n, read=dict):
+    """This process's share of n samples: what is known, the file to append to, and the indices
+    still to do. Raises InputError if a file cannot be written or holds other results."""
+    rank, world = ranks()
+    known, file = {}, None
+    try:
+        if rank == 0:
+            known, file = open_log(path, header, read)
+            merge(path, header, known, file, read)                 # of a job that was interrupted
+        todo = [[i for i in range(n) if i not in known]]
+        if world > 1:
+            dist.broadcast_object_list(todo, src=0)
+        if rank:
+            _, file = open_log(path.with_name(f"{path.name}.{rank}"), header, read)
+    except OSError as e:
+        raise InputError(f"--out {path} cannot be written ({e})") from None
+    return known, file, todo[0][rank::world]
+
+
+def gather(path, header, known, file, read=dict):
+    """When each process has done its share: all verdicts, in the file of the first and in known."""
+    rank, world = ranks()
+    if rank:
+        file.close()                                               # and its claim is given up
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        merge(path, header, known, file, read)
+
+
+def write_verdicts(path, header, labels, certify, read, title):
+    """The verdicts {index: verdict} of the samples with these labels, each written to path as soon
+    as it is known; those of path, if it has the same header, are known already.
+
+    certify(indices, report) calls report(verdict) for each of the samples, verdict.index being its
+    place in indices; read(row) is the verdict of a row. With many processes each takes its share,
+    and only the first returns them all. Raises InputError.
+    """
+    n, points = len(labels), points_of(path)
+    known, file, todo = open_share(path, header, n, read)
+    print(title + (f", {len(known)} verdicts already in {path}" if known else ""))
+    show, begun, numbers = Progress(), time.time(), itertools.count(1)
+
+    def report(v):
+        i, done = todo[v.index], next(numbers)
+        known[i] = v
+        write_down(v, i, labels[i], file, points)
+        counts = Counter(v.status for v in known.values())
+        shown = "  ".join(f"{counts[status]} {status}" for status in STATUSES)
+        left = (time.time() - begun) / done * (len(todo) - done)
+        show(f"{len(known)}/{n}  {shown}  {duration(left)} left")
+
+    with file:
+        certify(todo, report)
+        gather(path, header, known, file, read)
+    show.done(f"verdicts in {path}, counterexamples in {points}:")
+    return known
+
+
+def points_of(path):
+    """The folder of the counterexamples to the verdicts in path."""
+    return path.with_suffix(".counterexamples")
+
+
+def write_down(v, index, label, file, points):
+    """Append a verdict to the file, and save its counterexample, if any, in the folder points."""
+    row = dict(index=index, label=label, status=v.status, stage=v.stage,
+               bound=v.bound if v.bound > -math.inf else None, seconds=v.seconds,
+               seconds_by_stage=v.seconds_by_stage)
+    if v.counterexample is not None:
+        save_point(points, index, v.counterexample)
+        row["counterexample"] = f"{points.name}/{index}.npy"
+    print(sealed(row), file=file, flush=True)
+
+
+def save_point(folder, name, point):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.npy"
+    np.save(path, point.cpu().numpy())
+    return path
