@@ -54,7 +54,8 @@ be looser than box.
 
 Guarantee: the bounds are sound in exact arithmetic, for every network this file accepts. In
 floating point they carry the rounding error of the sums, so a margin within about 1e-4 of zero
-should be decided in float64 (certify.py does). TF32 rounds to 10 bits and is switched off below.
+should be decided in float64 (certify.py does). Products that round their factors to fewer bits than
+float32 has (TF32, bfloat16) are not used, whatever is set elsewhere.
 
 How to read this file. "The heart" is the method, whole, in 150 lines. "The door" is what users
 call. "Free choices" are alpha- and beta-CROWN: the same back-substitution with other lines. Then
@@ -79,6 +80,8 @@ import torch.nn.functional as F
 from torch.func import functional_call, vjp, vmap
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+
+from plumbing.precision import full_precision
 
 # A bound computed with 10-bit mantissas is no bound; cuDNN would use them on convolutions.
 torch.backends.cudnn.allow_tf32 = False
@@ -448,7 +451,9 @@ def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=ad
     """
     network, box = prepare(net, x, eps, relax, params)
     machine, budget, slope = engine(network), Budget(memory, x), checked(slope)
-    bounds = all_neurons(machine, machine.inward(box, 0), relax, slope, skip_stable, budget, steps)
+    with full_precision(x):
+        bounds = all_neurons(machine, machine.inward(box, 0), relax, slope, skip_stable, budget,
+                             steps)
     bounds = [machine.outward(pair, i) for i, pair in enumerate(bounds, 1)]
     return [tuple(t.expand(network.P, -1, -1).reshape(shape) for t in pair)
             for pair, shape in zip(bounds, bound_shapes(network, x, params))]
@@ -489,15 +494,16 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     network, box = prepare(net, x, eps, relax, params)
     y, machine = check_labels(y, x, network.shapes[-1][0]), engine(network)
     box, budget, slope = machine.inward(box, 0), Budget(memory, x), checked(slope)
-    if intermediate is None:
-        bounds = all_neurons(machine, box, relax, slope, skip_stable, budget, steps)
-    else:
+    if intermediate is not None:
         want = bound_shapes(network, x, params)
         if [[t.shape for t in pair] for pair in intermediate] != [[s, s] for s in want]:
             raise ValueError(f"intermediate has to hold a pair (l, u) of each of the shapes {want}")
         flat = [[t.reshape(network.P, len(x), -1) for t in pair] for pair in intermediate]
         bounds = [machine.inward(pair, i) for i, pair in enumerate(flat, 1)]
-    low = all_margins(machine, box, y, relax, bounds, slope, budget, steps)
+    with full_precision(x):
+        if intermediate is None:
+            bounds = all_neurons(machine, box, relax, slope, skip_stable, budget, steps)
+        low = all_margins(machine, box, y, relax, bounds, slope, budget, steps)
     if relax == "alpha-crown" and intermediate is None:     # tighter bounds may flip a rule's slope
         deeppoly = margin_lower_bounds(net, x, y, eps, "deeppoly", params, skip_stable, slope=slope,
                                        memory=memory)
@@ -1235,6 +1241,9 @@ class QuickBox(Box):
         return None, d + Minimum.apply(A, *self)
 
 
+FEW = 3      # channels: up to so many, a transposed convolution is slow on a CPU
+
+
 class ConvTranspose(torch.autograd.Function):
     """conv_transpose2d to a map of the given size; on a CPU faster, where channels are few."""
 
@@ -1244,7 +1253,7 @@ class ConvTranspose(torch.autograd.Function):
         ctx.options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
         kernel = weight.shape[2:]
         square = all(t[0] == t[1] for t in (kernel, stride, padding))
-        if square and stride[0] > 1 and dilation == (1, 1) and weight.shape[1] < 4:
+        if square and stride[0] > 1 and dilation == (1, 1) and weight.shape[1] <= FEW:
             return sub_pixel(A, weight, size, stride[0], padding[0], groups)
         along = zip(size, stride, padding, dilation, kernel)
         rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, s, p, d, k in along]

@@ -13,6 +13,7 @@ import torch
 
 import certify
 import train
+from plumbing import verdicts
 from plumbing.for_tests import QUICK_RUN, command, stop_at, together, weights
 
 
