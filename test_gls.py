@@ -736,7 +736,8 @@ def test_the_values_and_the_standard_error_are_those_of_closed_forms():
     theta, g = torch.tensor([0.2, -0.3, 0.5], dtype=torch.float64), torch.Generator().manual_seed(0)
     line, bowl = (lambda t: 7 + t @ A), SMOOTHED["quadratic"][0]
     exact = line(theta[None])[0]
-    for estimator in (gls.pgpe, gls.smoothed_loss, partial(gls.rgs, antithetic=True)):
+    for estimator in (gls.pgpe, partial(gls.pgpe, adapt=False), gls.smoothed_loss,
+                      partial(gls.rgs, antithetic=True)):
         torch.testing.assert_close(estimator(line, theta, 0.3, 10, g)[0], exact)
     assert gls.smoothed_loss(line, theta, 0.3, 10, g)[1] < 1e-12
     s, pairs = 0.7, 20000
