@@ -1182,6 +1182,18 @@ def test_each_epoch_sees_each_image_once_and_adam_a_clipped_gradient(tmp_path, m
     assert first == second and len(set(first)) == 20 and not torch.equal(*epochs)
 
 
+def test_the_evaluation_asks_each_relaxation_as_certification_does(monkeypatch):
+    net, x, y = make("windows", dtype=torch.float32, batch=12)
+    calls = arrivals(monkeypatch, train, "certified_margin")
+    result = train.evaluate(net, x, y, 0.05)
+    calls = [(given, bound) for given, bound in calls if given["x"] is x]      # not those in float64
+    for (given, bound), (relax, options) in zip(calls, train.CERTIFY.items(), strict=True):
+        assert (given["relax"], given["eps"], given["options"]) == (relax, 0.05, options)
+        assert torch.equal(result[relax], bound > 0)
+    assert torch.equal(result["best"], result["box"] | result["crown-ibp"] | result["deeppoly"])
+    assert train.CERTIFY["deeppoly"] == {"skip_stable": True}
+
+
 @pytest.mark.parametrize("words, antithetic", [("", True), ("--no-antithetic", False)])
 def test_rgs_gets_the_settings_asked_for(tmp_path, monkeypatch, words, antithetic):
     calls = arrivals(monkeypatch, gls, "rgs")
