@@ -196,7 +196,7 @@ def test_readme_explains_every_column_of_the_log():
 def test_simultaneous_starts_never_share_a_folder(tmp_path, monkeypatch, out):
     """Of eight at the same moment, each has a folder of its own; with --out, one has it."""
     monkeypatch.chdir(tmp_path)
-    net, start = torch.nn.Linear(1, 1), threading.Barrier(8)
+    net, start = torch.nn.Linear(1, 1), threading.Barrier(8, timeout=20)
     def begin(number, turn):
         config = dict(out=out and f"{out}-{turn}", dataset="digits", net="n", relax=f"r{turn}",
                       opt="o", number=number)
