@@ -24,6 +24,7 @@ import certify
 import gls
 import relaxations
 import train
+from plumbing.data import Dataset
 from plumbing.for_tests import QUICK, QUICK_RUN, command, npz
 from plumbing.processes import members_at_once
 from plumbing.runs import LOG
@@ -856,7 +857,8 @@ def test_the_values_and_the_standard_error_are_those_of_closed_forms():
     theta, g = torch.tensor([0.2, -0.3, 0.5], dtype=torch.float64), torch.Generator().manual_seed(0)
     line, bowl = (lambda t: 7 + t @ A), SMOOTHED["quadratic"][0]
     exact = line(theta[None])[0]
-    for estimator in (gls.pgpe, gls.smoothed_loss, partial(gls.rgs, antithetic=True)):
+    for estimator in (gls.pgpe, partial(gls.pgpe, adapt=False), gls.smoothed_loss,
+                      partial(gls.rgs, antithetic=True)):
         torch.testing.assert_close(estimator(line, theta, 0.3, 10, g)[0], exact)
     assert gls.smoothed_loss(line, theta, 0.3, 10, g)[1] < 1e-12
     s, pairs = 0.7, 20000
@@ -969,7 +971,12 @@ def test_network_sizes_and_initialisation():
     for layer in (net[2], net[4], net[7]):
         fan_in = layer.weight[0].numel()
         assert layer.weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / fan_in, rel=0.05)
-    assert net[9].weight.abs().max() <= 1 / math.sqrt(512)             # the last keeps PyTorch's
+    last = net[9].weight.abs().max() * math.sqrt(512)                  # the last keeps PyTorch's
+    assert 0.9 < last <= 1
+    mean, std, x = [0.1, 0.2, 0.3], [0.5, 0.4, 0.2], torch.rand(2, 3, 4, 4)
+    normalized = train.build_network("mlp", (3, 4, 4), 3, statistics=(mean, std))[0](x)
+    mean, std = (torch.tensor(t).view(3, 1, 1) for t in (mean, std))
+    torch.testing.assert_close(normalized, (x - mean) / std)
     for shape in ((1, 7, 9), (3, 13, 5)):                              # any input size
         for name in train.NETWORKS:
             net = train.build_network(name, shape, 3, "default")
@@ -1274,13 +1281,13 @@ def steps_of_adam(monkeypatch):
     return seen
 
 
-def train_on_noise(folder, words, net=None):
+def train_on_noise(folder, words, net=None, augment=False):
     """The rows of the log of a short training: 20 images, 8, 8 and 4 of them in the 3 steps of an
     epoch."""
     torch.manual_seed(0)
     x, y = torch.rand(20, 1, 4, 4), torch.arange(20) % 3
     net = net or nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
-    config = train.parse_config(f"--batch-size 8 {words}".split()) | {"augment": False}
+    config = train.parse_config(f"--batch-size 8 {words}".split()) | {"augment": augment}
     return train.train(net, x, y, config, torch.device("cpu"), folder, lambda line: None)
 
 
@@ -1359,6 +1366,33 @@ def test_each_epoch_sees_each_image_once_and_adam_a_clipped_gradient(tmp_path, m
     epochs = [torch.cat([given["x"] for given, _ in calls[i:i + 3]]) for i in (0, 3)]
     first, second = (sorted(map(tuple, x.flatten(1).tolist())) for x in epochs)
     assert first == second and len(set(first)) == 20 and not torch.equal(*epochs)
+
+
+def test_the_evaluation_asks_each_relaxation_as_certification_does(monkeypatch):
+    net, x, y = make("windows", dtype=torch.float32, batch=12)
+    calls = arrivals(monkeypatch, train, "certified_margin")
+    result = train.evaluate(net, x, y, 0.05)
+    calls = [(given, bound) for given, bound in calls if given["x"] is x]      # not those in float64
+    for (given, bound), (relax, options) in zip(calls, train.CERTIFY.items(), strict=True):
+        assert (given["relax"], given["eps"], given["options"]) == (relax, 0.05, options)
+        assert torch.equal(result[relax], bound > 0)
+    assert torch.equal(result["best"], result["box"] | result["crown-ibp"] | result["deeppoly"])
+    assert train.CERTIFY["deeppoly"] == {"skip_stable": True}
+
+
+def test_cifar_10_is_normalised_and_augmented(tmp_path, monkeypatch):
+    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
+    data = Dataset(x, y, x, y, 4)
+    for dataset, augmented, first in (("cifar10", True, nn.BatchNorm2d),
+                                      ("own.npz", False, nn.Conv2d)):
+        config = train.parse_config(["--dataset", dataset])
+        net, config = train.new_run(config, data, torch.device("cpu"))
+        assert config["augment"] == augmented and type(net[0]) is first
+    changed = arrivals(monkeypatch, train, "augment")
+    calls = arrivals(monkeypatch, train, "take_step")
+    train_on_noise(tmp_path, "--opt grad --epochs 1", augment=True)
+    assert len(calls) == 3
+    assert all(given["x"] is x for (given, _), (_, x) in zip(calls, changed, strict=True))
 
 
 @pytest.mark.parametrize("words, antithetic", [("", True), ("--no-antithetic", False)])
@@ -1939,7 +1973,8 @@ def test_rounding_is_no_contradiction_whatever_the_unit_of_the_margins():
     dict(y=torch.tensor([0, -1, 2])),
     dict(x=torch.rand(3, 6) + 0.5), dict(x=torch.full((3, 6), torch.nan)), dict(x=torch.rand(6)),
     dict(x=(torch.rand(3, 6) - 0.5) / 0.25), dict(x=np.zeros((3, 6))), dict(x=torch.rand(3, 1, 6)),
-    dict(x=(255 * torch.rand(3, 6)).byte()), dict(x=torch.rand(3, 6).double())], ids=str)
+    dict(x=(255 * torch.rand(3, 6)).byte()), dict(x=torch.rand(3, 6).double())],
+    ids=lambda change: next(iter(change)))
 def test_nonsense_is_refused_before_the_first_stage(change, monkeypatch):
     net, _, y = make("mlp", dtype=torch.float32)
     arguments = dict(net=net, x=torch.rand(3, 6), y=y, eps=0.1) | change

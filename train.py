@@ -63,10 +63,10 @@ SETTINGS = {
     "eps_train": Setting(None, unit, "radius to train at; default: that of --eps"),
     "epochs": Setting(by_data(20, 70, 160, 70), count(0), "passes over the training set",
                       "Shi; digits here: a minute on 2 CPU cores"),
-    "ramp": Setting(by_data(8, 20, 80, 20), count(0), "epochs in which eps grows from 0",
-                    "Shi; digits here"),
+    "ramp": Setting(by_data(8, 20, 80, 20), count(0),
+                    "epochs in which eps grows; scaled with --epochs", "Shi; digits here"),
     "milestones": Setting(by_data([15, 18], [50, 60], [120, 140], [50, 60]), [count(0)],
-                          "epochs after which lr decays", "Shi; digits here"),
+                          "epochs after which lr decays; scaled with --epochs", "Shi; digits here"),
     "batch_size": Setting(by_data(64, 256, 128, 128), count(1), "images in a step",
                           "Shi; digits here"),
     "lr": Setting(by_data(2e-3, 5e-4, 5e-4, 5e-4), positive, "learning rate of Adam",
@@ -181,16 +181,16 @@ def build_network(name, input_shape, num_classes, init="ibp", statistics=None):
         layers.append(normalize)
     for words in NETWORKS[name].split(", "):
         kind, *sizes = words.split()
-        out, *window = map(int, sizes or [math.prod(shape)])
+        sizes = [int(size) for size in sizes]
         if kind == "flatten":
             layers.append(nn.Flatten())
-            shape = [out]
+            shape = [math.prod(shape)]
         elif kind == "linear":
-            layers += [nn.Linear(*shape, out), nn.ReLU()]
-            shape = [out]
+            layers += [nn.Linear(*shape, *sizes), nn.ReLU()]
+            shape = sizes
         else:
-            kernel, stride, padding = window
-            layers.append(nn.Conv2d(shape[0], out, *window))
+            out, kernel, stride, padding = sizes
+            layers.append(nn.Conv2d(shape[0], *sizes))
             layers += [nn.BatchNorm2d(out), nn.ReLU()] if kind == "conv+bn" else [nn.ReLU()]
             shape = [out, *((n + 2 * padding - kernel) // stride + 1 for n in shape[1:])]
             if min(shape) < 1:

@@ -154,7 +154,8 @@ class Progress:
 def header(config, data, net):
     """What is about to be trained, as lines of text."""
     parameters = sum(p.numel() for p in net.parameters())
-    n, n_test = len(data.x_train[:config["subset"]]), len(data.x_test[:config["test_subset"]])
+    n = len(data.x_train[:config["subset"]])
+    n_test = len(data.x_test[:config["test_subset"]])
     return (f"{Path(config['dataset']).stem}: {n} training and {n_test} test images "
             f"{tuple(config['input_shape'])}, {data.classes} classes\n"
             f"{config['net']}: {parameters} parameters; {config['relax']} bounds, {config['opt']}; "
@@ -214,9 +215,9 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    # M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never), M_TOP_PAD
-    for option, value in ((-4, 0), (-1, -1), (-2, 2 ** 26)):
-        mallopt(option, value)
+    mallopt(-4, 0)            # M_MMAP_MAX
+    mallopt(-1, -1)           # M_TRIM_THRESHOLD: never
+    mallopt(-2, 2 ** 26)      # M_TOP_PAD
 
 
 def run(main):

@@ -79,7 +79,8 @@ def load_dataset(name, data_dir="data"):
         raise InputError(f"--data-dir {data_dir}: no such folder; for a download, make it first")
     if kind == "digits":
         table = np.loadtxt(Path(__file__).parent.parent / "data" / "digits.csv.gz", delimiter=",")
-        x, y = (table[:, :-1] / 16).reshape(-1, 1, 8, 8), table[:, -1].astype(int)
+        x = (table[:, :-1] / 16).reshape(-1, 1, 8, 8)
+        y = table[:, -1].astype(int)
         arrays = x[:1437], y[:1437], x[1437:], y[1437:]
     elif kind == "mnist":
         arrays = [_read_idx(_find_mnist(file, data_dir), file) for file in MNIST_FILES]
@@ -94,8 +95,11 @@ def hold_out(data, n):
     """For tuning: the last n training images take the place of the test images (n = 0: nothing)."""
     if n >= len(data.x_train):
         raise InputError(f"--validation {n} leaves none of the {len(data.x_train)} training images")
-    x, y, k = data.x_train, data.y_train, len(data.x_train) - n
-    return data._replace(x_train=x[:k], y_train=y[:k], x_test=x[k:], y_test=y[k:]) if n else data
+    if not n:
+        return data
+    x, held_x = data.x_train[:-n], data.x_train[-n:]
+    y, held_y = data.y_train[:-n], data.y_train[-n:]
+    return Dataset(x, y, held_x, held_y, data.classes)
 
 
 def _check_dataset(name, x_train, y_train, x_test, y_test, classes):
@@ -194,8 +198,10 @@ def _read_cifar(data_dir):
                          "not made of records of 3073 bytes; delete it, and it is downloaded again")
     parts = []
     for group in (names[:5], names[5:]):
-        records = np.frombuffer(b"".join(raw[n] for n in group), np.uint8).reshape(-1, 3073)
-        parts += [records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64)]
+        content = b"".join(raw[n] for n in group)
+        records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+        labels, pixels = records[:, 0], records[:, 1:]
+        parts += [pixels.reshape(-1, 3, 32, 32), labels.astype(np.int64)]
     return parts
 
 
@@ -271,9 +277,10 @@ def augment(x, generator, pad=2):
     """CIFAR-10 training: random horizontal flip and crop after zero padding by 2. (B, C, H, W)."""
     B, C, H, W = x.shape
     flip = torch.rand(B, generator=generator) < 0.5
-    x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(3), x)
     shift = torch.randint(0, 2 * pad + 1, (2, B, 1), generator=generator)
-    rows = (shift[0] + torch.arange(H)).to(x.device)[:, None, :, None]
-    cols = (shift[1] + torch.arange(W)).to(x.device)[:, None, None, :]
-    b, c = torch.arange(B)[:, None, None, None], torch.arange(C)[None, :, None, None]
-    return F.pad(x, (pad,) * 4)[b.to(x.device), c.to(x.device), rows, cols]
+    x = torch.where(flip.to(x.device).view(B, 1, 1, 1), x.flip(3), x)
+    image, channel, row, column = torch.meshgrid(
+        *(torch.arange(n) for n in (B, C, H, W)), indexing="ij")
+    row, column = row + shift[0].view(B, 1, 1, 1), column + shift[1].view(B, 1, 1, 1)
+    place = (t.to(x.device) for t in (image, channel, row, column))
+    return F.pad(x, (pad,) * 4)[tuple(place)]

@@ -56,7 +56,8 @@ def share(x, y):
     if world == 1 or len(x) < world:                         # too few: everybody takes all of it
         return x, y, {}
     part = torch.arange(len(x)).tensor_split(world)[rank]
-    return x[part], y[part], dict(weight=len(part) * world / len(x), total=Total.apply)
+    options = dict(weight=len(part) * world / len(x), total=Total.apply)
+    return x[part], y[part], options
 
 
 def members_at_once(net, config):

@@ -10,16 +10,23 @@ def ball(x, eps):
     exact = x.detach().cpu().double()
     lower, upper = (exact - eps).clamp(min=0), (exact + eps).clamp(max=1)
     low, high = lower.to(x.dtype), upper.to(x.dtype)
-    low = torch.where(low < lower, torch.nextafter(low, torch.ones_like(low)), low)
-    high = torch.where(high > upper, torch.nextafter(high, torch.zeros_like(high)), high)
+    above = torch.nextafter(low, torch.ones_like(low))
+    below = torch.nextafter(high, torch.zeros_like(high))
+    low = torch.where(low < lower, above, low)
+    high = torch.where(high > upper, below, high)
     return low.to(x.device), high.to(x.device)
 
 
 def in_float64(net, *tensors):
     """Copies in float64 (on the CPU if the device has none, as MPS), to decide close calls."""
-    device = "cpu" if tensors[0].device.type == "mps" else tensors[0].device
-    return deepcopy(net).to(device, torch.float64), *(
-        t.to(device, torch.float64 if t.is_floating_point() else t.dtype) for t in tensors)
+    device = tensors[0].device
+    if device.type == "mps":
+        device = torch.device("cpu")
+    copies = [deepcopy(net).to(device, torch.float64)]
+    for t in tensors:
+        dtype = torch.float64 if t.is_floating_point() else t.dtype
+        copies.append(t.to(device, dtype))
+    return copies
 
 
 def check_finite(value, norm, where, explain):

@@ -132,7 +132,8 @@ def fingerprint(data, config):
 
 
 def checksum(*tensors):
-    return zlib.crc32(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors))
+    arrays = (t.detach().cpu().numpy() for t in tensors)
+    return zlib.crc32(b"".join(a.tobytes() for a in arrays))
 
 
 # ------------------------------------------------------------------------------------------ locks
@@ -172,8 +173,8 @@ def new_folder(config, net):
         config["out"] = from_first(None)
         yield
         return
-    name = "-".join([Path(config["dataset"]).stem, *(config[k] for k in ("net", "relax", "opt"))])
-    folder = _create(Path(config["out"])) if config["out"] else _create_first(Path("runs") / name)
+    what = Path(config["dataset"]).stem, config["net"], config["relax"], config["opt"]
+    folder = _create(Path(config["out"])) if config["out"] else _create_first("-".join(what))
     with locked(folder):
         if any(folder.iterdir()):           # another run was here between its making and its lock
             raise InputError(f"--out {folder} exists already; name another folder, or delete it")
@@ -196,8 +197,9 @@ def _create(out):
     return out
 
 
-def _create_first(first):
-    """Make the first folder of first, first-2, first-3, ... that is not there."""
+def _create_first(name):
+    """Make the first folder of runs/NAME, runs/NAME-2, runs/NAME-3, ... that is not there."""
+    first = Path("runs") / name
     for i in range(1, 10 ** 6):
         folder = first.with_name(f"{first.name}-{i}") if i > 1 else first
         try:
@@ -230,9 +232,10 @@ LOG = {  # the columns of log.csv, one line per epoch; averages are over its bat
 def log_row(now, epoch, eps, lr, n):
     """The line of log.csv after an epoch, from 1, over n images. now: see at_start."""
     loss, certified, norm = (now["totals"] / n).tolist()
-    return dict(epoch=epoch, eps=eps, lr=lr, sigma=now["sigma"].mean().item(), loss=loss,
-                certified=certified, gradient=norm, seconds=now["seconds"],
-                samples_per_s=n / (now["seconds"] - now["began"]))
+    sigma, seconds = now["sigma"].mean().item(), now["seconds"]
+    rate = n / (seconds - now["began"])
+    return dict(epoch=epoch, eps=eps, lr=lr, sigma=sigma, loss=loss, certified=certified,
+                gradient=norm, seconds=seconds, samples_per_s=rate)
 
 
 def write_log(folder, rows):

@@ -190,7 +190,7 @@ def test_fuzzed_checkpoint(tmp_path):
 def test_simultaneous_starts_never_share_a_folder(tmp_path, monkeypatch, out):
     """Of eight at the same moment, each has a folder of its own; with --out, one has it."""
     monkeypatch.chdir(tmp_path)
-    net, start = torch.nn.Linear(1, 1), threading.Barrier(8)
+    net, start = torch.nn.Linear(1, 1), threading.Barrier(8, timeout=20)
     def begin(number, turn):
         config = dict(out=out and f"{out}-{turn}", dataset="digits", net="n", relax=f"r{turn}",
                       opt="o", number=number)
@@ -220,3 +220,17 @@ def test_a_run_is_also_named_by_its_checkpoint(tmp_path, monkeypatch, capsys):
     assert command(train.main, "--resume", "run/checkpoint.pt") == 0
     assert capsys.readouterr().out.splitlines()[-7:] == table
     assert train.load_run("run/checkpoint.pt")[1]["out"] == "run"
+
+
+def test_progress_and_the_log_by_hand():
+    """After 5 of 12 steps in 10 s, of which 2 of 3 steps, 8 images each, since second 4."""
+    now = dict(done=5, seconds=10.0, began=4.0, sigma=torch.tensor([0.1, 0.3]),
+               totals=torch.tensor([40.0, 10.0, 60.0]))
+    config = dict(epochs=4, batch_size=8)
+    line = runs.progress_line(now, 2, 2, 3, config, 0.05, torch.tensor([2.5, 0.75, 1.0]))
+    assert line == ("epoch 2/4  batch 2/3  eps 0.0500  loss 2.5000  certified 75.0 %  3 samples/s  "
+                    "0:00:14 left")
+    row = runs.log_row(now, 2, 0.05, 0.01, 20)
+    assert row == pytest.approx(dict(epoch=2, eps=0.05, lr=0.01, sigma=0.2, loss=2, certified=0.5,
+                                     gradient=3, seconds=10, samples_per_s=20 / 6))
+    assert list(row) == list(runs.LOG)
