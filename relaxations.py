@@ -450,12 +450,11 @@ def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=ad
     the ball. Arguments and errors are those of margin_lower_bounds.
     """
     network, box = prepare(net, x, eps, relax, params)
-    machine, budget, slope = engine(network), Budget(memory, x), checked(slope)
+    ask, machine = options(relax, slope, skip_stable, steps, Budget(memory, x)), engine(network)
     with full_precision(x):
-        bounds = all_neurons(machine, machine.inward(box, 0), relax, slope, skip_stable, budget,
-                             steps)
+        bounds = machine.neurons(machine.inward(box, 0), ask)
     bounds = [machine.outward(pair, i) for i, pair in enumerate(bounds, 1)]
-    return [tuple(t.expand(network.P, -1, -1).reshape(shape) for t in pair)
+    return [tuple(t.reshape(shape) for t in pair)
             for pair, shape in zip(bounds, bound_shapes(network, x, params))]
 
 
@@ -492,8 +491,8 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
     """
     network, box = prepare(net, x, eps, relax, params)
-    y, machine = check_labels(y, x, network.shapes[-1][0]), engine(network)
-    box, budget, slope = machine.inward(box, 0), Budget(memory, x), checked(slope)
+    ask, machine = options(relax, slope, skip_stable, steps, Budget(memory, x)), engine(network)
+    box, y = machine.inward(box, 0), check_labels(y, x, machine.K)
     if intermediate is not None:
         want = bound_shapes(network, x, params)
         if [[t.shape for t in pair] for pair in intermediate] != [[s, s] for s in want]:
@@ -501,9 +500,8 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         flat = [[t.reshape(network.P, len(x), -1) for t in pair] for pair in intermediate]
         bounds = [machine.inward(pair, i) for i, pair in enumerate(flat, 1)]
     with full_precision(x):
-        if intermediate is None:
-            bounds = all_neurons(machine, box, relax, slope, skip_stable, budget, steps)
-        low = all_margins(machine, box, y, relax, bounds, slope, budget, steps)
+        bounds = machine.neurons(box, ask) if intermediate is None else bounds
+        low = machine.margins(box, y, bounds, ask)
     if relax == "alpha-crown" and intermediate is None:     # tighter bounds may flip a rule's slope
         deeppoly = margin_lower_bounds(net, x, y, eps, "deeppoly", params, skip_stable, slope=slope,
                                        memory=memory)
@@ -526,38 +524,61 @@ def bound_shapes(network, x, params):
     return [torch.Size((*lead, *shape)) for shape in network.shapes[:-1]]
 
 
-def all_neurons(machine, box, relax, slope, skip_stable, budget, ascent):
-    """The bounds of the neurons, as the machine lays them out: [(l, u), ...], (P, B, N) each."""
-    ascent = ascent if relax == "alpha-crown" else 0
-    if relax in ("box", "crown-ibp"):
-        return neurons(machine.stages, box, False)
-    if machine.bound is quick_bound:
-        return quick_neurons(machine.stages, box, slope, skip_stable, budget, ascent)
-    bound = partial(best_where_unstable, ascent=ascent) if ascent else lower_bound
-    return neurons(machine.stages, box, True, slope, skip_stable, bound)
+class Options(NamedTuple):
+    """What a call asks for."""
+    relax: str
+    slope: object
+    skip_stable: bool
+    substitute: bool     # bound the neurons by back-substitution
+    ascent: int          # steps, of alpha-CROWN
+    budget: object
 
 
-def all_margins(machine, box, y, relax, bounds, slope, budget, ascent):
-    """The bounds of the margins, (P, B, K); no row is spent on the margin of y over itself."""
-    stages, layouts, inner, P, K = machine
-    others = (y[:, None] + torch.arange(1, K).to(y)) % K                              # (B, K-1)
-    eye = torch.eye(K).to(box.lower)
-    rows = hwc(eye[y][:, None] - eye[others], layouts[-1])[None]                 # (1, B, K-1, K)
-    expanded = [Box(*(t.expand(P, -1, -1) for t in pair)) for pair in bounds]
-    bound = partial(best_slopes, ascent=ascent if relax == "alpha-crown" else 0, bound=inner)
+def options(relax, slope, skip_stable, steps, budget):
+    substitute = relax in ("deeppoly", "alpha-crown")
+    ascent = steps if relax == "alpha-crown" else 0
+    return Options(relax, checked(slope), skip_stable, substitute, ascent, budget)
 
-    def of_samples(b):
-        some, *pairs = parts_of([box, *expanded], slice(b, b + samples))
-        return margins(stages, rows[:, b:b + samples], pairs, some, relax, slope, bound)
 
-    sizes = sizes_down(View((K,)), stages[-1:] if relax == "box" else stages)
-    fit, keeps = budget.fit(P * K, sizes, held=2 + 3 / K)
-    keeps = keeps if inner is quick_bound else 0        # torch.func cannot be checkpointed
-    samples = min(len(y), fit)
-    jobs = [(b,) for b in range(0, len(y), samples)]
-    low = torch.cat(budget.run(of_samples, jobs, keeps * samples), 1)
-    where = others.expand(P, -1, -1)
-    return low.new_zeros(P, len(y), K).scatter(2, where, low)
+class Engine(NamedTuple):
+    """The heart as it bounds a network. QuickEngine, of the fast path, has the same methods."""
+    stages: list
+    layouts: list        # what each stage reads and, last, the logits: (C, H, W), for QuickEngine
+    P: int
+    K: int
+    bound = staticmethod(lower_bound)
+
+    def inward(self, pair, i):
+        """Lower and upper bounds of what stage i reads, as this engine lays them out."""
+        return Box(*pair)
+
+    def outward(self, pair, i):
+        """And back in PyTorch's order."""
+        return pair
+
+    def neurons(self, box, ask):
+        """The bounds before each ReLU: a Box of (P, B, N) for each."""
+        bound = partial(best_where_unstable, ascent=ask.ascent) if ask.ascent else lower_bound
+        bounds = neurons(self.stages, box, ask.substitute, ask.slope, ask.skip_stable, bound)
+        return [self.of_all(pair) for pair in bounds]
+
+    def margins(self, box, y, bounds, ask):
+        """The bounds of the margins, (P, B, K)."""
+        eye = torch.eye(self.K).to(box.lower)
+        bound = partial(best_slopes, ascent=ask.ascent)
+        rows = (eye[y][:, None] - eye)[None]
+        return margins(self.stages, rows, bounds, box, ask.relax, ask.slope, bound)
+
+    def of_all(self, pair):
+        """Bounds of P networks, where they are the same for all of them."""
+        return Box(*(t.expand(self.P, -1, -1) for t in pair))
+
+
+def engine(network):
+    """The fast one, if FAST and if it can read the network; else the heart's."""
+    quick = read_ops(network) if FAST else None
+    layouts = [()] * len(network.stages) + [()]
+    return quick or Engine(network.stages, layouts, network.P, *network.shapes[-1])
 
 
 # =================================================================================== free choices
@@ -715,7 +736,8 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
     trace: with steps=0, a list to be filled with the coefficients (B, ...) of each ReLU's outputs,
     bottom up, after those of the input.
     """
-    stages, layouts, bound, *_ = engine(network)
+    machine = engine(network)
+    stages, layouts, bound = machine.stages, machine.layouts, machine.bound
 
     def by_relu(t):                                                          # (1, B, 1, N) each
         parts = t[None, :, None].split(sub.sizes, -1)
@@ -836,14 +858,12 @@ def as_rows(y, P):
 
 def hwc(t, shape):
     """The last dimension of t, if it is a map (C, H, W), in the order (H, W, C)."""
-    is_map = shape and len(shape) == 3
-    return t.unflatten(-1, (shape[0], -1)).mT.flatten(-2) if is_map else t
+    return t.unflatten(-1, (shape[0], -1)).mT.flatten(-2) if len(shape) == 3 else t
 
 
 def chw(t, shape):
     """The last dimension of t, if it is a map, in PyTorch's order again."""
-    is_map = shape and len(shape) == 3
-    return t.unflatten(-1, (-1, shape[0])).mT.flatten(-2) if is_map else t
+    return t.unflatten(-1, (-1, shape[0])).mT.flatten(-2) if len(shape) == 3 else t
 
 
 def is_dense(op, size):
@@ -853,35 +873,18 @@ def is_dense(op, size):
     return size[0] * size[1] * C <= min(64, 10 * C) * kh * kw
 
 
-class Engine(NamedTuple):
-    """What bounds a network: stages of Layers and lower_bound, or of Ops and quick_bound."""
-    stages: list
-    layouts: list       # (C, H, W) of what each stage reads and of the logits; None: PyTorch's
-    bound: object
-    P: int
-    K: int
-
-    def inward(self, pair, i):
-        """Lower and upper bounds of what stage i reads, from PyTorch's order to ours."""
-        return Box(*(hwc(t, self.layouts[i]) for t in pair))
-
-    def outward(self, pair, i):
-        return Box(*(chw(t, self.layouts[i]) for t in pair))
-
-
-def engine(network):
-    """The fast one, if FAST and if it can read the network; else the heart's."""
-    stages, source = [[] for _ in network.stages], None    # source: shape of what the last Op gives
+def read_ops(network):
+    """The QuickEngine of a network, or None."""
+    stages, source = [[] for _ in network.stages], ()      # source: shape of what the last Op gives
     for ops, layers in zip(stages, network.stages):
         for layer in layers:
-            if not FAST or not read_op(layer, ops, source):
-                nowhere = [None] * (len(stages) + 1)
-                return Engine(network.stages, nowhere, lower_bound, network.P, *network.shapes[-1])
+            if not read_op(layer, ops, source):
+                return None
             source = ops[-1].out_shape
     layouts = [source]
     for ops in reversed(stages):
         layouts.append(ops[0].in_shape if ops else layouts[-1])
-    return Engine(stages, layouts[::-1], quick_bound, network.P, *network.shapes[-1])
+    return QuickEngine(stages, layouts[::-1], network.P, *network.shapes[-1])
 
 
 def read_op(layer, ops, source):
@@ -891,14 +894,14 @@ def read_op(layer, ops, source):
     if isinstance(module, nn.Linear) and len(shape) == 1:
         weight = hwc(tensors["weight"], source)
         op = Op(weight, bias_of(tensors, weight), source or shape, layer.out_shape)
-    elif len(shape) == 3 and source in (None, shape) and conv_padding(module):
+    elif len(shape) == 3 and source in ((), shape) and conv_padding(module):
         weight, options = tensors["weight"], (module.stride, conv_padding(module), module.dilation)
         op = Op(weight, bias_of(tensors, weight), shape, layer.out_shape, *options, module.groups)
     elif norm and ops and source == shape:
         op, (scale, shift) = ops.pop(), scale_and_shift(module, tensors)
         each = scale.view(*scale.shape, *[1] * (op.weight.dim() - 2))
         op = op._replace(weight=op.weight * each, bias=op.bias * scale + shift)
-    elif norm and len(shape) == 3 and source in (None, shape):
+    elif norm and len(shape) == 3 and source in ((), shape):
         scale, shift = scale_and_shift(module, tensors)
         kernel = scale[..., None, None, None]                                # (P, C, 1, 1, 1)
         op = Op(kernel, shift, shape, shape, stride=(1, 1), groups=shape[0])
@@ -1162,23 +1165,23 @@ def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
             u.index_put(where, torch.minimum(u[where], -low[:, 1])))
 
 
-def quick_neurons(stages, box, slope, skip_stable, budget, ascent=0):
+def quick_neurons(stages, box, ask):
     """neurons with substitute=True; with steps of ascent, as best_where_unstable does it."""
     bounds, lines, inputs = [], [], box
     for s, ops in enumerate(stages[:-1]):
         l, u = inputs
         exact = not ops or s == 0 and len(ops) == 1
-        if exact or skip_stable:
+        if exact or ask.skip_stable:
             for op in ops:
                 l, u = op.interval(l, u)
-        if not exact and skip_stable:
-            l, u = unstable_rows(l, u, stages[:s + 1], lines, box, budget)
+        if not exact and ask.skip_stable:
+            l, u = unstable_rows(l, u, stages[:s + 1], lines, box, ask.budget)
         elif not exact:
-            l, u = all_rows(stages[:s + 1], lines, box, budget)
-        if not exact and ascent:
-            l, u = unstable_rows(l, u, stages[:s + 1], lines, box, budget, ascent)
+            l, u = all_rows(stages[:s + 1], lines, box, ask.budget)
+        if not exact and ask.ascent:
+            l, u = unstable_rows(l, u, stages[:s + 1], lines, box, ask.budget, ask.ascent)
         bounds.append(Box(l, u))
-        lines = [*lines, relax_relu(l, u, slope)]
+        lines = [*lines, relax_relu(l, u, ask.slope)]
         inputs = F.relu(l), F.relu(u)
     return bounds
 
@@ -1398,3 +1401,39 @@ class Budget:
             found.append(bound(*job) if kept else checkpoint(
                 bound, *job, use_reentrant=False, preserve_rng_state=False))
         return found
+
+
+class QuickEngine(Engine):
+    """Engine, with stages of Ops."""
+    bound = staticmethod(quick_bound)
+
+    def inward(self, pair, i):
+        return Box(*(hwc(t, self.layouts[i]) for t in pair))
+
+    def outward(self, pair, i):
+        return Box(*(chw(t, self.layouts[i]) for t in pair))
+
+    def neurons(self, box, ask):
+        if not ask.substitute:
+            return Engine.neurons(self, box, ask)
+        return [self.of_all(pair) for pair in quick_neurons(self.stages, box, ask)]
+
+    def margins(self, box, y, bounds, ask):
+        """No row is spent on the margin of y over itself, and samples go down in passes."""
+        P, K, n, budget = self.P, self.K, len(y), ask.budget
+        others = (y[:, None] + torch.arange(1, K).to(y)) % K                          # (B, K-1)
+        eye = torch.eye(K).to(box.lower)
+        rows = hwc(eye[y][:, None] - eye[others], self.layouts[-1])[None]
+        bound = partial(best_slopes, ascent=ask.ascent, bound=quick_bound)
+
+        def of_samples(b):
+            some, *pairs = parts_of([box, *bounds], slice(b, b + samples))
+            part = rows[:, b:b + samples]
+            return margins(self.stages, part, pairs, some, ask.relax, ask.slope, bound)
+
+        stages = self.stages[-1:] if ask.relax == "box" else self.stages
+        fit, keeps = budget.fit(P * K, sizes_down(View((K,)), stages), held=2 + 3 / K)
+        samples = min(n, fit)
+        jobs = [(b,) for b in range(0, n, samples)]
+        low = torch.cat(budget.run(of_samples, jobs, keeps * samples), 1)
+        return low.new_zeros(P, n, K).scatter(2, others.expand(P, -1, -1), low)

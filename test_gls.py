@@ -1693,12 +1693,12 @@ def test_bounds_of_subdomains_are_sound_inside_and_halves_cover_the_whole(name, 
         problem, node = random_subdomain(net, x, y, eps, seed % 4, seed)
         margin = logits[:, y[0]] - logits[:, node.target]
         sub = certify.subdomains(problem, [node])
-        low, slopes, multipliers = relaxations.subdomain_bounds(problem.stages, sub, steps)
+        low, slopes, multipliers = relaxations.subdomain_bounds(problem.network, sub, steps)
         inside = (z[:, node.neurons] * node.signs >= 0).all(1)
         assert (margin[inside] >= low - 1e-9).all()
         found += int(inside.sum())
         again = sub._replace(slopes=slopes, multipliers=multipliers)         # they give that bound
-        assert torch.allclose(relaxations.subdomain_bounds(problem.stages, again)[0], low)
+        assert torch.allclose(relaxations.subdomain_bounds(problem.network, again)[0], low)
         # Halves: no point of the whole is in neither, no bound is below that of the whole.
         node = node._replace(bound=low.item(), slopes=slopes[0],
                              multipliers=multipliers[0, node.neurons])
@@ -1757,7 +1757,7 @@ def test_beta_by_hand():
         cut = node._replace(neurons=torch.tensor([0]), signs=torch.tensor([sign]).double(),
                             multipliers=torch.tensor([sign * beta]).double())
         sub = certify.subdomains(problem, [cut])
-        return relaxations.subdomain_bounds(problem.stages, sub, steps)[0].item()
+        return relaxations.subdomain_bounds(problem.network, sub, steps)[0].item()
     assert bound(1, 0.0) == pytest.approx(-0.25)           # min over x in [0, 1] of x - 1/4
     assert bound(1, 0.5) == pytest.approx(-0.125)          # of (x - 1/4)(1 - 1/2)
     assert bound(1, 1.0) == pytest.approx(0.0)             # the minimum where z >= 0

@@ -12,27 +12,26 @@ from contextlib import contextmanager
 import torch
 
 LOCK, INSIDE = threading.Lock(), []     # what oneDNN was set to, once for each thread in the guard
+ENVIRONMENT = "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"
+CPU = {"torch.backends": torch.backends,
+       "torch.backends.mkldnn.matmul": torch.backends.mkldnn.matmul,
+       "torch.backends.mkldnn.conv": torch.backends.mkldnn.conv}
+GPU = {"torch.backends": torch.backends,
+       "torch.backends.cuda.matmul": torch.backends.cuda.matmul,
+       "torch.backends.cudnn.conv": torch.backends.cudnn.conv}
 
 
-def reduced():
-    """The switch that lets float32 products round their factors, or None."""
-    for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"):
-        if os.environ.get(name, "STRICT").upper() != "STRICT":
-            return name
-    backends = torch.backends
-    places = {"torch.backends": backends, "torch.backends.cudnn": backends.cudnn,
-              "torch.backends.mkldnn": backends.mkldnn}
-    for operation in ("matmul", "conv"):
-        for name in ("torch.backends.mkldnn", "torch.backends.cudnn"):
-            places[f"{name}.{operation}"] = getattr(places[name], operation, None)
-    for name, place in places.items():
-        if getattr(place, "fp32_precision", "none") not in ("none", "ieee"):
-            return f"{name}.fp32_precision"
+def reduced(device="cpu"):
+    """The switch that lets float32 products on that device round their factors, or None."""
+    on = [name for name in ENVIRONMENT if os.environ.get(name, "STRICT").upper() != "STRICT"]
+    on += [f"{name}.fp32_precision" for name, place in (CPU if device == "cpu" else GPU).items()
+           if place.fp32_precision not in ("none", "ieee")]
     try:
-        highest = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:               # old and new switches were mixed: the new ones, above, count
-        highest = True
-    return None if highest else "torch.set_float32_matmul_precision"
+        if torch.get_float32_matmul_precision() != "highest":
+            on.append("torch.set_float32_matmul_precision")
+    except RuntimeError:
+        pass                           # old and new switches were mixed: the new ones, above, count
+    return on[0] if on else None
 
 
 @contextmanager
@@ -41,7 +40,7 @@ def full_precision(t):
 
     Raises ValueError where that cannot be had.
     """
-    switch = reduced() if t.dtype == torch.float32 else None
+    switch = reduced(t.device.type) if t.dtype == torch.float32 else None
     if switch and t.device.type != "cpu":
         raise ValueError(f"{switch} lets float32 products round to 8 to 11 bits, which makes no "
                          "bounds; switch it off, or use float64")

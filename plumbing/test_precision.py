@@ -62,7 +62,7 @@ def test_a_switch_changes_no_bound_and_stays_as_it_was():
 
 def test_threads_share_the_guard(monkeypatch):
     """The first to leave does not switch oneDNN on for the others; the last restores it."""
-    monkeypatch.setattr(precision, "reduced", lambda: "a switch")
+    monkeypatch.setattr(precision, "reduced", lambda device: "a switch")
     seen, barriers = [], [threading.Barrier(2) for _ in range(2)]
 
     def work(leaves_first):
@@ -85,7 +85,7 @@ def test_threads_share_the_guard(monkeypatch):
 
 
 def test_where_it_cannot_be_had_one_line_refuses(monkeypatch):
-    monkeypatch.setattr(precision, "reduced", lambda: "torch.set_float32_matmul_precision")
+    monkeypatch.setattr(precision, "reduced", lambda device: "torch.set_float32_matmul_precision")
     with pytest.raises(ValueError, match="set_float32_matmul_precision lets float32"):
         with precision.full_precision(torch.zeros(1, device="meta")):
             pass
