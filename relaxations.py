@@ -328,16 +328,18 @@ def flat_layers(net, prefix=""):
 
 def is_a(module, *kinds):
     """Is it exactly one of these kinds, and computes what they compute?"""
-    changed = module._forward_hooks or module._forward_pre_hooks
-    changed = changed or any(callable(value) for value in vars(module).values())
-    return parametrize.type_before_parametrizations(module) in kinds and not changed
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    if hooks or any(callable(value) for value in vars(module).values()):
+        return False
+    return parametrize.type_before_parametrizations(module) in kinds
 
 
 def is_sequential(net):
     """Is it an nn.Sequential, or a subclass that only builds one?"""
-    same = all(getattr(type(net), name, None) is getattr(nn.Sequential, name)
-               for name in ("forward", "__iter__", "__call__"))
-    return same and is_a(net, type(net))
+    kind = type(net)
+    calls = [getattr(kind, name, None) for name in ("forward", "__iter__", "__call__")]
+    same = calls == [nn.Sequential.forward, nn.Sequential.__iter__, nn.Sequential.__call__]
+    return same and is_a(net, kind)
 
 
 def check_layer(module, where):
@@ -411,20 +413,19 @@ def prepare(net, x, eps, relax, params):
         raise ValueError("alpha-crown climbs along gradients, which torch.inference_mode() has "
                          "none of; torch.no_grad() will do")
     network = read_network(net, x.shape[1:], params)
-    tensors = [t for layers in network.stages for layer in layers for t in layer.tensors.values()]
-    dtypes = {t.dtype for t in (x, *tensors) if t.dtype != torch.int64}
+    layers = sum(network.stages, [])
+    dtypes = {x.dtype, *(t.dtype for layer in layers for t in layer.tensors.values())}
+    dtypes -= {torch.int64}                                           # of num_batches_tracked
     if len(dtypes) > 1 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x and the parameters have to be all float32 or all float64, got "
                          f"{sorted(map(str, dtypes))}")
     if torch.is_autocast_enabled(x.device.type):
         raise ValueError("bounds need full precision; leave torch.autocast before computing them")
-    low, high = x.aminmax() if len(x) else (-1, -1)
-    if not (low >= 0 and high <= 1):
+    if not len(x) or not ((x >= 0) & (x <= 1)).all():
         raise ValueError("x is empty, or has values outside [0, 1] or NaN: pass pixels; "
                          "normalisation is a layer of the network")
     eps = check_eps(eps, x)
-    box = [(x - eps).clamp(min=0), (x + eps).clamp(max=1)]
-    box = Box(*(t.flatten(1)[None] for t in box))
+    box = Box(*(t.clamp(0, 1).flatten(1)[None] for t in (x - eps, x + eps)))
     first, *rest = network.stages
     while first and isinstance(first[0].module, (nn.BatchNorm1d, nn.BatchNorm2d)):
         box, first = Box(*first[0].interval(*box)), first[1:]
@@ -433,9 +434,8 @@ def prepare(net, x, eps, relax, params):
 
 def check_eps(eps, x):
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
-    sizes = zip(reversed(eps.shape), reversed(x.shape))
-    fits = eps.dim() <= x.dim() and all(n in (1, m) for n, m in sizes)
-    if not fits or not ((eps >= 0) & eps.isfinite()).all():
+    fits = all(n in (1, m) for n, m in zip(reversed(eps.shape), reversed(x.shape)))
+    if not fits or eps.dim() > x.dim() or not ((eps >= 0) & eps.isfinite()).all():
         raise ValueError(f"eps={eps.tolist()} has to be a radius in pixels, 0 <= eps < infinity: a "
                          "number, or a tensor that broadcasts with x")
     return eps
@@ -535,8 +535,7 @@ class Options(NamedTuple):
 
 
 def options(relax, slope, skip_stable, steps, budget):
-    substitute = relax in ("deeppoly", "alpha-crown")
-    ascent = steps if relax == "alpha-crown" else 0
+    substitute, ascent = relax in ("deeppoly", "alpha-crown"), steps * (relax == "alpha-crown")
     return Options(relax, checked(slope), skip_stable, substitute, ascent, budget)
 
 
@@ -577,8 +576,8 @@ class Engine(NamedTuple):
 def engine(network):
     """The fast one, if FAST and if it can read the network; else the heart's."""
     quick = read_ops(network) if FAST else None
-    layouts = [()] * len(network.stages) + [()]
-    return quick or Engine(network.stages, layouts, network.P, *network.shapes[-1])
+    return quick or Engine(network.stages, [()] * (len(network.stages) + 1), network.P,
+                           *network.shapes[-1])
 
 
 # =================================================================================== free choices
@@ -1367,15 +1366,18 @@ def sizes_down(view, stages):
     return sizes
 
 
+def default_memory(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    return MEMORY[device.type]
+
+
 class Budget:
     """Bytes that the passes of one call may hold: half for what is kept for backward, a quarter for
     the pass at work, a quarter in reserve for what is not counted."""
 
     def __init__(self, memory, t):
-        if memory is None and t.is_cuda:
-            memory = torch.cuda.get_device_properties(t.device).total_memory // 2
-        elif memory is None:
-            memory = MEMORY[t.device.type]
+        memory = default_memory(t.device) if memory is None else memory
         if not 0 <= memory < float("inf"):
             raise ValueError(f"memory={memory} has to be a number of bytes")
         self.chunk, self.number = CHUNK[t.device.type], t.element_size()
