@@ -126,7 +126,7 @@ class Layer(NamedTuple):
             nothing = A.new_zeros(1, math.prod(self.in_shape))
             b, pull = vjp(lambda h: self.of_one(tensors, h), nothing)
             AW, = vmap(pull)(A.flatten(0, 1)[:, None])
-            return AW.view(*A.shape[:2], nothing.numel()), A @ b[0]
+            return AW.view(*A.shape[:2], -1), A @ b[0]
 
         A = A.expand(self.P, *A.shape[1:])
         AW, Ab = vmap(of_member)(self.tensors, A)
@@ -387,15 +387,14 @@ def shape_after(module, shape, where):
         if min(size) > 0:
             return (len(module.weight), *size)
     like = next(iter(module.state_dict().values()), torch.zeros(()))
-    two_or_three = 2, 3
     try:
         with torch.no_grad():
-            after = [module(like.new_zeros(n, *shape)).shape for n in two_or_three]
+            after = [module(like.new_zeros(n, *shape)).shape for n in (2, 3)]
     except (RuntimeError, ValueError, IndexError) as e:
         hint = "; is nn.Flatten() missing?" if isinstance(module, nn.Linear) else ""
         raise ValueError(f"{where} cannot read the shape {shape}{hint} "
                          f"({str(e).splitlines()[0]})") from None
-    if [(n, *after[0][1:]) for n in two_or_three] != [tuple(each) for each in after]:
+    if [(n, *after[0][1:]) for n in (2, 3)] != [tuple(each) for each in after]:
         raise ValueError(f"{where} mixes the images of a batch")
     return tuple(after[0][1:])
 
@@ -544,6 +543,8 @@ def all_neurons(machine, box, relax, slope, skip_stable, budget, ascent):
 def all_margins(machine, box, y, relax, bounds, slope, budget, ascent):
     """The bounds of the margins, (P, B, K); no row is spent on the margin of y over itself."""
     stages, layouts, inner, P, K = machine
+    if K == 1:                   # nothing to bound; and where there are no rows PyTorch may crash
+        return box.lower.new_zeros(P, len(y), 1)
     others = (y[:, None] + torch.arange(1, K).to(y)) % K                              # (B, K-1)
     eye = torch.eye(K).to(box.lower)
     rows = hwc(eye[y][:, None] - eye[others], layouts[-1])[None]                 # (1, B, K-1, K)
@@ -560,8 +561,7 @@ def all_margins(machine, box, y, relax, bounds, slope, budget, ascent):
     samples = min(len(y), fit)
     jobs = [(b,) for b in range(0, len(y), samples)]
     low = torch.cat(budget.run(of_samples, jobs, keeps * samples), 1)
-    where = others.expand(P, -1, -1)
-    return low.new_zeros(P, len(y), K).scatter(2, where, low)
+    return low.new_zeros(P, len(y), K).scatter(2, others.expand(P, -1, -1), low)
 
 
 # =================================================================================== free choices
