@@ -25,6 +25,7 @@ def reduced():
     for operation in ("matmul", "conv"):
         for name in ("torch.backends.mkldnn", "torch.backends.cudnn"):
             places[f"{name}.{operation}"] = getattr(places[name], operation, None)
+    places["torch.backends.cuda.matmul"] = backends.cuda.matmul
     for name, place in places.items():
         if getattr(place, "fp32_precision", "none") not in ("none", "ieee"):
             return f"{name}.fp32_precision"
