@@ -1,5 +1,6 @@
 """pytest --slow-bounds runs the tests with the fast path of relaxations.py switched off."""
 import pytest
+import torch
 
 
 def pytest_addoption(parser):
@@ -22,3 +23,9 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("fast_path"):
                 item.add_marker(pytest.mark.skip(reason="needs the fast path"))
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Each test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)

@@ -70,7 +70,6 @@ Letters in shape comments, here and in the other modules:
 """
 import math
 from contextlib import nullcontext
-from copy import deepcopy
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -115,9 +114,8 @@ class Layer(NamedTuple):
     def interval(self, lower, upper):
         """Interval arithmetic: centre c -> W c + b, radius r -> |W| r (Gowal et al. 2018), where
         |W| is the layer with |weight| for its weight and 0 for its bias and its mean."""
-        size = {name: torch.zeros_like(t) for name, t in self.tensors.items()}
-        for name in {"weight", "running_var"} & size.keys():
-            size[name] = self.tensors[name].abs()
+        to_size = {"weight": torch.abs, "running_var": torch.clone}
+        size = {name: to_size.get(name, torch.zeros_like)(t) for name, t in self.tensors.items()}
         centre = self.forward((lower + upper) / 2)
         radius = self.forward((upper - lower) / 2, size)
         return centre - radius, centre + radius
@@ -253,6 +251,7 @@ AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2
           nn.BatchNorm2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
           nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d)
 RESHAPE = nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d
+RUNNING = "forward", "__iter__", "__call__", "_call_impl"       # what a network runs by
 TENSORS = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 
 
@@ -268,8 +267,12 @@ def read_network(net, in_shape, params=None):
 
     Raises ValueError, naming the layer, for what cannot be bounded.
     """
-    if not is_sequential(net):
-        raise ValueError(f"net is a {type(net).__name__}; it has to be a plain torch.nn.Sequential")
+    on_all = nn.modules.module
+    hooks = [*on_all._global_forward_hooks.values(), *on_all._global_forward_pre_hooks.values()]
+    changing = [h for h in hooks if not h.__module__.startswith("torch.")]    # torch's only count
+    if changing or not is_sequential(net):
+        raise ValueError(f"net ({type(net).__name__}) has to be a plain torch.nn.Sequential, and "
+                         "there may be no hooks on it or on all modules")
     P, stacked = stack_tensors(net, params or {})
     stages, shapes, shape = [[]], [], tuple(in_shape)
     for name, module in flat_layers(net):
@@ -283,7 +286,7 @@ def read_network(net, in_shape, params=None):
         if not is_a(module, *RESHAPE):
             own = {n: getattr(module, n, None) for n in TENSORS}
             tensors = {n: stacked(t) for n, t in own.items() if t is not None}
-            stages[-1].append(Layer(plain(module), tensors, shape, after, P))
+            stages[-1].append(Layer(plain(module, own), tensors, shape, after, P))
         shape = after
     if len(shape) != 1 or not any(stages):
         raise ValueError(f"the network ends in the shape {shape}, not in logits; "
@@ -296,7 +299,8 @@ def stack_tensors(net, params):
     itself. A tensor with several names (tied weights) is the same under all of them."""
     own = dict(net.named_parameters(remove_duplicate=False))
     own |= dict(net.named_buffers(remove_duplicate=False))
-    own = {name: t for name, t in own.items() if "parametrizations." not in name}
+    computed_from = {id(t) for name, t in own.items() if "parametrizations." in name}
+    own = {name: t for name, t in own.items() if id(t) not in computed_from}
     unknown = sorted(params.keys() - own.keys())
     sizes = {tuple(t.shape[:1]) for t in params.values()}
     if unknown or len(sizes) > 1 or (0,) in sizes or () in sizes:
@@ -337,8 +341,7 @@ def is_a(module, *kinds):
 def is_sequential(net):
     """Is it an nn.Sequential, or a subclass that only builds one?"""
     kind = type(net)
-    calls = [getattr(kind, name, None) for name in ("forward", "__iter__", "__call__")]
-    same = calls == [nn.Sequential.forward, nn.Sequential.__iter__, nn.Sequential.__call__]
+    same = all(getattr(kind, name, None) is getattr(nn.Sequential, name) for name in RUNNING)
     return same and is_a(net, kind)
 
 
@@ -351,22 +354,26 @@ def check_layer(module, where):
             module.training or module.running_mean is None):
         raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "
                          "track_running_stats=True), so that it is a fixed affine map")
-    computed = module.parametrizations.modules() if parametrize.is_parametrized(module) else []
-    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training or any(
-            m.training and list(m.buffers()) for m in computed):
+    changing = any(m.training and (isinstance(m, nn.modules.dropout._DropoutNd)
+                                   or list(m.buffers(recurse=False))) for m in module.modules())
+    computed = getattr(module, "parametrizations", ())
+    if changing or not all(torch.equal(getattr(module, n), getattr(module, n)) for n in computed):
         raise ValueError(f"{where} is another function at each call; call net.eval()")
     divisor = getattr(module, "divisor_override", None)
     if getattr(module, "mode", "") == "bicubic" or divisor is not None and divisor < 0:
         raise ValueError(f"{where} has negative coefficients and no weight, which is not supported")
 
 
-def plain(module):
-    """The module; where its weights are computed from others (weight_norm), with plain ones."""
-    if parametrize.is_parametrized(module):
-        module = deepcopy(module)
-        for name in list(module.parametrizations):
-            parametrize.remove_parametrizations(module, name)
-    return module
+def plain(module, tensors):
+    """A module of the same settings that holds these tensors, computed (weight_norm) or not. The
+    heart sets other tensors in it, for which the network, used by other threads, is no place."""
+    kind = parametrize.type_before_parametrizations(module)
+    copy = kind.__new__(kind)
+    nn.Module.__init__(copy)
+    settings = vars(module).keys() - vars(copy).keys() - {*TENSORS}
+    vars(copy).update((name, vars(module)[name]) for name in settings)
+    copy._parameters.update(tensors)
+    return copy.eval()
 
 
 def shape_after(module, shape, where):
@@ -374,34 +381,30 @@ def shape_after(module, shape, where):
     is not worth the time."""
     if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
         return (math.prod(shape),)
-    if type(module) is nn.Linear and shape == (module.in_features,):
-        return (module.out_features,)
+    if type(module) is nn.Linear and shape == module.weight.shape[1:]:
+        return tuple(module.weight.shape[:1])
     if type(module) is nn.Conv2d and len(shape) == 3 and module.padding_mode == "zeros" \
             and shape[0] == module.in_channels and not isinstance(module.padding, str):
         size = conv_size(module, shape[1:])
         if min(size) > 0:
-            return (module.out_channels, *size)
+            return (len(module.weight), *size)
     like = next(iter(module.state_dict().values()), torch.zeros(()))
-    two_or_three = 2, 3
     try:
         with torch.no_grad():
-            after = [module(like.new_zeros(n, *shape)).shape for n in two_or_three]
+            after = [module(like.new_zeros(n, *shape)).shape for n in (2, 3)]
     except (RuntimeError, ValueError, IndexError) as e:
         hint = "; is nn.Flatten() missing?" if isinstance(module, nn.Linear) else ""
         raise ValueError(f"{where} cannot read the shape {shape}{hint} "
                          f"({str(e).splitlines()[0]})") from None
-    if [(n, *after[0][1:]) for n in two_or_three] != [tuple(each) for each in after]:
+    if [(n, *after[0][1:]) for n in (2, 3)] != [tuple(each) for each in after]:
         raise ValueError(f"{where} mixes the images of a batch")
     return tuple(after[0][1:])
 
 
 def conv_size(conv, size):
     """The size of the map that a Conv2d makes of one of the given size."""
-    def along(n, k, s, p, d):
-        return (n + 2 * p - d * (k - 1) - 1) // s + 1
-
-    settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation
-    return tuple(along(n, *each) for n, *each in zip(size, *settings))
+    along = zip(size, conv.weight.shape[2:], conv.stride, conv.padding, conv.dilation)
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
 
 
 def prepare(net, x, eps, relax, params):
@@ -610,8 +613,7 @@ def one(l, u):
 
 def parallel(l, u):
     """The slope of the upper line, u / (u - l) (Fast-Lin; the zonotope of DeepZ)."""
-    above, below = F.relu(u), F.relu(-l)
-    return above / (above + below + torch.finfo(l.dtype).tiny)
+    return relax_relu(l, u).upper
 
 
 def checked(slope):
@@ -829,7 +831,7 @@ class Op(NamedTuple):
             return rows @ self.matrix(kernel, size, padding)
         return self.conv_transpose(rows, kernel, size, padding)
 
-    def matrix(self, kernel, size, padding): 
+    def matrix(self, kernel, size, padding):
         """The convolution on such a window as a matrix, (P, Q, Q')."""
         eye = torch.eye(self.weight.shape[1] * math.prod(kernel)).to(self.weight)
         return self.conv_transpose(eye[None], kernel, size, padding)
@@ -980,7 +982,9 @@ class View(NamedTuple):
         """What the rows see of t (P or 1, B, N): (P, B, G, 1, Q); if picked, (P, U, 1, 1, Q)."""
         if self.kernel is None:
             t = t[:, :, None]                                                   # (P, B, 1, N)
-            return (t if self.sample is None else self.pick(t))[..., None, :]
+            if self.sample is not None:
+                t = t.expand(len(self.sample), -1, -1, -1).flatten(0, 1)[self.sample]
+            return t[..., None, :]
         cells = self.cells(t.device)
         t = t.unflatten(-1, (-1, self.shape[0]))
         t = F.pad(t, (0, 0, 0, 1))                                          # (P, B, H*W + 1, C)
@@ -990,11 +994,6 @@ class View(NamedTuple):
             return t.index_select(0, at.flatten()).view(*at.shape[:2], 1, 1, -1)
         t = t.index_select(2, cells.flatten())
         return t.view(*t.shape[:2], len(cells), 1, -1)
-
-    def pick(self, t):
-        """(P or 1, B, ...) -> (P, U, ...)."""
-        P, U = self.sample.shape
-        return t.expand(P, *t.shape[1:]).flatten(0, 1)[self.sample]
 
     def spread(self, A, d):
         """Rows over windows as rows over the map: (P, B, G, R, Q) -> (P, B, 1, G*R, N)."""
@@ -1423,6 +1422,8 @@ class QuickEngine(Engine):
     def margins(self, box, y, bounds, ask):
         """No row is spent on the margin of y over itself, and samples go down in passes."""
         P, K, n, budget = self.P, self.K, len(y), ask.budget
+        if K == 1:               # nothing to bound; and where there are no rows PyTorch may crash
+            return box.lower.new_zeros(P, n, 1)
         others = (y[:, None] + torch.arange(1, K).to(y)) % K                          # (B, K-1)
         eye = torch.eye(K).to(box.lower)
         rows = hwc(eye[y][:, None] - eye[others], self.layouts[-1])[None]

@@ -5,6 +5,7 @@ finite differences, or slow_bounds below, a DeepPoly that anybody can check line
 """
 import ast
 import inspect
+import itertools
 import json
 import math
 import re
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from torch.nn.utils import parametrize
 
 import certify
 import gls
@@ -583,14 +585,77 @@ def test_what_changes_the_function_behind_our_back_is_refused():
     inner.forward = lambda h: -h
     spectral = deepcopy(net).train()
     torch.nn.utils.parametrizations.spectral_norm(spectral[2])
+    class Negative(nn.Sequential):
+        def _call_impl(self, *args):
+            return -super()._call_impl(*args)
+    class Noisy(nn.Module):
+        def forward(self, weight):
+            return weight * torch.rand_like(weight)
+    dropped, noisy, shared = deepcopy(net), deepcopy(net), deepcopy(tied)
+    parametrize.register_parametrization(dropped[2], "bias", nn.Dropout(1e-9))
+    parametrize.register_parametrization(noisy[2], "weight", Noisy())
+    shared[4] = parametrize.register_parametrization(deepcopy(tied[2]), "weight", nn.Softplus())
+    shared[2].weight = shared[4].parametrizations.weight.original
+    changing = "another function at each call"
     for n, params, message in ((hooked, None, "without hooks"), (subclass, None, "layer 0 (Twice)"),
                                (replaced, None, "layer 2 (Linear)"), (inner, None, "plain"),
-                               (spectral, None, "another function at each call"),
-                               (normed, stack(normed), "unknown")):
+                               (spectral, None, changing), (normed, stack(normed), "unknown"),
+                               (Negative(*net), None, "plain"), (dropped.train(), None, changing),
+                               (noisy, None, changing),
+                               (shared, {"2.weight": torch.ones(1, 7, 7)}, "unknown")):
         with pytest.raises(ValueError, match=re.escape(message)):
             margin_lower_bounds(n, x, y, 0.1, params=params)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="full precision"):
         margin_lower_bounds(net, x, y, 0.1)
+    for register in (nn.modules.module.register_module_forward_hook,
+                     nn.modules.module.register_module_forward_pre_hook):
+        with register(lambda *args: None), pytest.raises(ValueError, match="on all modules"):
+            margin_lower_bounds(net, x, y, 0.1)
+    margin_lower_bounds(net, x, y, 0.1)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bounds_leave_the_network_as_it_was_even_for_another_thread(fast, monkeypatch):
+    """Not even for a moment do its layers hold other tensors, nor lose what computes theirs."""
+    net, x, y = make("batchnorm")
+    weight_norm = torch.nn.utils.parametrizations.weight_norm
+    weight_norm(weight_norm(net[1]), "bias", dim=None)
+    before = [(type(module), [*module.parameters()], [*vars(module)]) for module in net.modules()]
+    logits, rng = net(x), torch.get_rng_state()
+
+    def call(module, *args):
+        theirs = [id(m._parameters) for m in net.modules()]
+        assert module not in net.modules() and id(module._parameters) not in theirs
+        return torch.func.functional_call(module, *args)
+
+    monkeypatch.setattr(relaxations, "FAST", fast)
+    monkeypatch.setattr(relaxations, "functional_call", call)
+    for relax in RELAXATIONS:
+        margin_lower_bounds(net, x, y, 0.1, relax).sum().backward()
+    after = [(type(module), [*module.parameters()], [*vars(module)]) for module in net.modules()]
+    assert all(a is b for (_, old, _), (_, new, _) in zip(before, after) for a, b in zip(old, new))
+    assert [(kind, names) for kind, _, names in before] == [(k, names) for k, _, names in after]
+    assert torch.equal(net(x), logits) and torch.equal(torch.get_rng_state(), rng)
+
+
+def test_settings_that_nobody_uses_are_bounded_or_refused(monkeypatch):
+    """A variance below zero, weights of another size than the layer says, a single logit."""
+    torch.manual_seed(0)
+    norm = random_bn(4, nn.BatchNorm1d)
+    norm.running_var.fill_(-0.9 * norm.eps)
+    layers = nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 2, (1, 3)), nn.ReLU(), nn.Flatten()
+    layers[1].weight = nn.Parameter(torch.randn(2, 1, 3, 1))
+    nets = [nn.Sequential(nn.Linear(16, 4), norm, nn.ReLU(), nn.Linear(4, 3)).eval(),
+            nn.Sequential(*layers, nn.Linear(16, 3)), nn.Sequential(*layers, nn.Linear(16, 1))]
+    x, y = torch.rand(3, 16).double(), torch.zeros(3).long()
+    generator = torch.Generator().manual_seed(0)
+    for net in nets:
+        points = in_ball(x, 0.1, 50, generator)
+        true = torch.stack([true_margins(net.double(), p, y) for p in points])
+        for fast, relax in itertools.product((True, False), RELAXATIONS):
+            monkeypatch.setattr(relaxations, "FAST", fast)
+            low = margin_lower_bounds(net, x, y, 0.1, relax)
+            assert low.shape == true.shape[1:] and (true >= low - 1e-9 * (1 + low.abs())).all()
 
 
 def test_weights_of_any_scale_give_no_false_certificate():

@@ -53,7 +53,8 @@ def test_a_switch_changes_no_bound_and_stays_as_it_was():
     legacy = "torch.set_float32_matmul_precision"
     for level in ("high", "medium"):
         assert probe(f"{legacy}('{level}')") == ["torch.backends.mkldnn.matmul.fp32_precision False"]
-    places = ["torch.backends.mkldnn.matmul", "torch.backends.mkldnn.conv", "torch.backends"]
+    places = ["torch.backends.mkldnn.matmul", "torch.backends.mkldnn.conv", "torch.backends",
+              "torch.backends.cuda.matmul", "torch.backends.cudnn.conv"]
     switches = [f"{place}.fp32_precision = 'tf32'" for place in places]
     assert probe(after=switches) == [f"{place}.fp32_precision False" for place in places]
     name = "ONEDNN_DEFAULT_FPMATH_MODE"
