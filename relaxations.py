@@ -121,7 +121,7 @@ class Layer(NamedTuple):
         return centre - radius, centre + radius
 
     def back(self, A, d):
-        """a.z + d  ->  (a W).h + (d + a.b), exactly. PyTorch itself finds a W, whatever W is."""
+        """a.z + d  ->  (a W).h + (d + a.b), exactly. PyTorch itself computes a W, whatever W is."""
         def of_member(tensors, A):                                               # (B, R, N')
             nothing = A.new_zeros(1, math.prod(self.in_shape))
             b, pull = vjp(lambda h: self.of_one(tensors, h), nothing)
@@ -245,8 +245,9 @@ def for_rows(box):
 # ======================================================================================== the door
 # What users call, and what is accepted.
 
-# A class belongs into AFFINE if it is affine in its input, whatever its settings, and, where it has
-# no weight, its own |W|: whoever adds one vouches for both. RESHAPE changes nothing but shapes.
+# A class belongs in AFFINE if it is affine in its input and, where it has no weight, has no
+# negative coefficients: whoever adds one vouches for both, or refuses settings in check_layer.
+# RESHAPE changes nothing but shapes.
 AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.BatchNorm1d,
           nn.BatchNorm2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
           nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d)
@@ -348,8 +349,10 @@ def is_sequential(net):
 def check_layer(module, where):
     if not is_a(module, *AFFINE, *RESHAPE):
         names = ", ".join(kind.__name__ for kind in (*AFFINE, *RESHAPE))
-        raise ValueError(f"{where} is not supported; supported are ReLU, {names}, in an "
-                         "nn.Sequential, without hooks and with their own methods")
+        known = parametrize.type_before_parametrizations(module) in (nn.ReLU, *AFFINE, *RESHAPE)
+        raise ValueError(f"{where} " + "may compute something else than its class, and " * known
+                         + f"is not supported; supported are ReLU, {names}, in an nn.Sequential, "
+                         "without hooks and with the methods of their class")
     if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and (
             module.training or module.running_mean is None):
         raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "

@@ -52,7 +52,8 @@ def test_a_switch_changes_no_bound_and_stays_as_it_was():
     """Not every processor rounds where it may; so what the guard does is watched, too."""
     legacy = "torch.set_float32_matmul_precision"
     for level in ("high", "medium"):
-        assert probe(f"{legacy}('{level}')") == ["torch.backends.mkldnn.matmul.fp32_precision False"]
+        said, = probe(f"{legacy}('{level}')")
+        assert said == "torch.backends.mkldnn.matmul.fp32_precision False"
     places = ["torch.backends.mkldnn.matmul", "torch.backends.mkldnn.conv", "torch.backends",
               "torch.backends.cuda.matmul", "torch.backends.cudnn.conv"]
     switches = [f"{place}.fp32_precision = 'tf32'" for place in places]
