@@ -1048,6 +1048,7 @@ def test_members_run_at_once_change_rounding_only(tmp_path):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert members_at_once(auto, config | dict(batch_size=10 ** 4)) == 1
     assert members_at_once(auto, config | dict(batch_size=10 ** 4, device="cuda")) == 16
+    assert members_at_once(auto, config | dict(parts=8, batch_size=64)) == 8 * 16
 
 
 def test_estimators_touch_nobody_elses_gradient():
@@ -1528,6 +1529,59 @@ def test_cifar_10_is_normalised_and_augmented(tmp_path, monkeypatch):
     train_on_noise(tmp_path, "--opt grad --epochs 1", augment=True)
     assert len(calls) == 3
     assert all(given["x"] is x for (given, _), (_, x) in zip(calls, changed, strict=True))
+
+
+@pytest.mark.parametrize("relax, opt", [("mtl-ibp", "rgs"), ("sabr", "rgs"), ("deeppoly", "pgpe")])
+def test_the_mean_over_parts_is_the_loss_of_the_minibatch(relax, opt, monkeypatch):
+    """Also where they are not of one size; each is attacked by itself. Of fewer images than parts,
+    all are one."""
+    net, x, y = make("windows", batch=8)
+    config = train.parse_config(f"--relax {relax} --opt {opt} --samples 12 --parts 3 --kappa 0.3 "
+                                "--l1 0.01 --regularize 0".split())
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()[None]
+    calls, certified = arrivals(monkeypatch, train, "attack"), ([], [])
+    parts = train.losses_of_step(net, x, y, 0.05, config, certified[0])
+    attacked = [len(given["x"]) for given, _ in calls]
+    assert attacked == ([3, 3, 2] if relax in train.ATTACKING else []) and len(parts) == 3
+    whole, = train.losses_of_step(net, x, y, 0.05, config | dict(parts=1), certified[1])
+    each = torch.cat([loss(theta) for loss in parts])
+    torch.testing.assert_close(each.mean(), whole(theta)[0])
+    assert each.std() > 0.01 * each.mean()                                # so it could differ
+    torch.testing.assert_close(torch.stack(certified[0]).mean(), certified[1][0])
+    alone, = train.losses_of_step(net, x[:2], y[:2], 0.05, config)
+    all_of_it, = train.losses_of_step(net, x[:2], y[:2], 0.05, config | dict(parts=1))
+    assert torch.equal(alone(theta), all_of_it(theta))
+
+
+def test_each_part_has_its_own_regularisers(monkeypatch):
+    net, x, y = make("windows", batch=8)
+    config = train.parse_config("--samples 4 --parts 4 --regularize 0.5 --relax box".split())
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()[None]
+    parts = train.losses_of_step(net, x, y, 0.05, config)                 # in the ramp: eps is 0.1
+    for i, loss in enumerate(parts):
+        images = slice(2 * i, 2 * i + 2)
+        assert loss(theta).item() == pytest.approx(
+            loss_at(net, x[images], y[images], 0.05, "box", regularize=0.25))
+
+
+@pytest.mark.parametrize("words", ["--opt rgs --samples 4 --parts 4", "--opt rgs --parts 2",
+                                   "--opt pgpe --samples 8 --parts 4 --members 3"])
+def test_parts_share_out_every_minibatch(tmp_path, monkeypatch, words):
+    """20 images in steps of 8, 8 and 4: an epoch sees each once, whatever the number of parts."""
+    calls = arrivals(monkeypatch, train, "robust_loss")
+    train_on_noise(tmp_path, f"--epochs 1 {words}")
+    seen = torch.cat([given["x"] for given, _ in calls]).flatten(1)
+    assert len(seen) == len({tuple(x.tolist()) for x in seen}) == 20
+    assert len(calls) == 3 * int(re.search(r"--parts (\d)", words)[1])
+
+
+@pytest.mark.parametrize("words", ["--opt grad --parts 2", "--opt rgs --samples 4 --parts 3",
+                                   "--opt pgpe --samples 12 --parts 4"])
+def test_parts_that_cannot_be_used_equally_often_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_config(words.split())
+    err = capsys.readouterr().err
+    assert "argument --parts" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words, antithetic", [("", True), ("--no-antithetic", False)])
