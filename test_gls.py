@@ -929,20 +929,24 @@ def test_pgpe_holds_the_noise_of_a_chunk_only():
     assert theta.nbytes < peak <= (2 + 7.5) * theta.nbytes
 
 
-# Losses of two parts, and the gradient of their smoothed mean
+# Losses of two parts, the gradient of their smoothed mean, and its gradient by sigma
 SLOPES = torch.stack([A, torch.tensor([3.0, 1.0, -1.0], dtype=torch.float64)])
 PARTS = {
-    "linear": ([lambda t, a=a: 7 * a[0] + t @ a for a in SLOPES], lambda t, s: SLOPES.mean(0)),
-    "quadratic": ([lambda t, c=c: c * t.square().sum(1) / 2 for c in (1, 5)], lambda t, s: 3 * t),
+    "linear": ([lambda t, a=a: 7 * a[0] + t @ a for a in SLOPES], lambda t, s: SLOPES.mean(0),
+               lambda t, s: 0.0),
+    "quadratic": ([lambda t, c=c: c * t.square().sum(1) / 2 for c in (1, 5)], lambda t, s: 3 * t,
+                  lambda t, s: 3 * len(t) * s),
     "step": ([lambda t, c=c: 4 * (t[:, 0] > c).to(t.dtype) for c in (0.1, 0.6)],
              lambda t, s: sum(2 * torch.exp(-((t - c) / s) ** 2 / 2) for c in (0.1, 0.6))
-             / (s * math.sqrt(2 * math.pi)) * torch.eye(3)[0]),
+             / (s * math.sqrt(2 * math.pi)) * torch.eye(3)[0],
+             lambda t, s: -sum(2 * (t[0] - c) * torch.exp(-((t[0] - c) / s) ** 2 / 2)
+                               for c in (0.1, 0.6)) / (s ** 2 * math.sqrt(2 * math.pi))),
 }
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_are_unbiased(name):
-    losses, gradient = PARTS[name]
+    losses, gradient, by_sigma = PARTS[name]
     theta, g = torch.tensor([0.2, -0.3, 0.5], dtype=torch.float64), torch.Generator().manual_seed(0)
     estimators = [partial(gls.pgpe, pairs=2), partial(gls.pgpe, pairs=4)]
     if name != "step":
@@ -956,6 +960,9 @@ def test_parts_are_unbiased(name):
         assert ((mean - gradient(theta, 0.3)).abs() <= error + 1e-12).all()
         mean, error = mean_and_error([r[0] for r in runs])
         assert (mean - exact).abs() <= error + its_error
+        if estimator.func is gls.pgpe:
+            mean, error = mean_and_error([r[2] for r in runs])
+            assert (mean - by_sigma(theta, 0.3)).abs() <= error
 
 
 def test_the_variance_of_parts_is_that_of_their_mean():
