@@ -23,10 +23,15 @@ Nothing here knows of networks or bounds. A loss maps parameter vectors (P, D) t
 per vector and each depending on its own vector alone. theta (D,) is read, never modified: there
 is nothing to restore after a step. All randomness comes from the torch.Generator passed in.
 
-Many processes. shard=(rank, world) tells an estimator that world processes call it together (in
-torch.distributed's default group), each with the same arguments and the same generator. Each draws
-all the noise, evaluates its share of it, and they add up what they found: PGPE 2n losses, the
-gradient itself never travels; RGS a gradient.
+Parts. A loss that averages over data, L = (L_1 + ... + L_m) / m, may be passed as the sequence of
+the L_j: sample or pair i then sees number i mod m alone, at an m-th of the price. Their number n is
+a multiple of m, so all are seen equally often and the mean stays. n times the variance becomes the
+mean over j of that of one sample of L_j (independent samples). For slopes a_j, RGS stays exact, and
+PGPE goes, in coordinate k, from |a|^2 + a_k^2 with a = mean a_j to the mean of |a_j|^2 + a_jk^2.
+
+Many processes. shard=(rank, world) tells an estimator that world processes, torch.distributed's
+default group, call it together, with the same arguments and generator. Each draws all the noise,
+evaluates its share, and they add up what they found: PGPE losses, never gradients; RGS a gradient.
 
 PGPE in eight lines:
 
@@ -40,47 +45,45 @@ PGPE in eight lines:
     print(theta)                                                  # near 1
 """
 import torch
-import torch.distributed as dist
 
 
 def gradient(loss, theta):
     """Plain gradient: (L(theta), grad L(theta), None)."""
-    _check(theta)
+    _check(loss, theta)
     values, grads = _gradients(loss, theta.detach()[None])         # (1,), (1, D)
     return values[0], grads[0], None
 
 
 def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True, shard=(0, 1)):
-    """Zeroth-order estimate of the gradient of the smoothed loss, from antithetic pairs.
-
-    Returns (estimate of L_sigma(theta), gradient (D,), gradient with respect to sigma).
+    """Zeroth-order: (estimate of L_sigma(theta), of its gradient (D,), of its gradient by sigma).
 
     With f+-_i = L(theta +- sigma * eps_i), i = 1..n, and m_i = (f+_i + f-_i) / 2:
         d/dtheta = 1/n sum_i (f+_i - f-_i)/2 * eps_i / sigma
         d/dsigma = 1/n sum_i (m_i - b_i) * (eps_i^2 - 1) / sigma,   b_i = mean of the other m_j
-    (Sehnke et al. 2010, there multiplied by sigma^2 and with one b for all i.) Both are unbiased:
-    the baseline b_i leaves its own pair out, so it is independent of eps_i. With one pair b = 0.
+    (Sehnke et al. 2010: times sigma^2, with one b for all i.) Both are unbiased: b_i leaves its own
+    pair out, so it is independent of eps_i. With one pair b = 0.
 
-    theta: (D,).  sigma: a number or () tensor, shared, or (D,), per parameter; all positive. The
-    sigma gradient has its shape (summed over the parameters that share it), or is None with
-    adapt=False.  pairs: n >= 1, each costs two losses.  chunk: the most parameter vectors
-    evaluated at once (None: all 2n). It bounds what the evaluations hold, but not the noise (n, D),
-    which is drawn and kept whole, and it does not change the result.
-    shard: see the top of this file; whole chunks go to a process (with chunk=None, all to the
-    first), so that the result is that of one process, bit by bit.
+    loss: one, or a sequence of parts; both signs of a pair see the same.  theta: (D,).  sigma: a
+    number or () tensor, shared, or (D,), per parameter; all positive. The sigma gradient has its
+    shape (summed over the parameters that share it), or is None with adapt=False.  pairs: n >= 1,
+    each costs two losses.  chunk: the most parameter vectors at once (None: all of a part), in
+    whole pairs; no more is held, and rounding alone depends on it. Its price: noise is drawn twice.
+    shard: whole chunks (with None, parts) go to a process; the result is, bit by bit, that of one.
     """
-    theta, sigma = _check(theta, sigma, chunk, pairs=pairs)
-    eps = _noise(pairs, theta, generator)                         # (n, D)
-    plus, minus = _antithetic_losses(loss, theta, sigma, eps, chunk, shard)
-    middle = (plus + minus) / 2
-    grad = (plus - minus) / 2 @ eps / pairs / sigma
-    if not adapt:
-        return middle.mean(), grad, None
+    losses, theta, sigma = _check(loss, theta, sigma, chunk, pairs=pairs)
+    start = generator.get_state()
+    turns, values = _antithetic_losses(losses, theta, sigma, pairs, generator, chunk, shard)
+    middle, difference = values.mean(0), (values[0] - values[1]) / 2
     # m_i - b_i = n/(n-1) (m_i - mean), since b_i leaves i out
     surplus = (middle - middle.mean()) * pairs / (pairs - 1) if pairs > 1 else middle
-    per_parameter = (surplus @ eps.square() - surplus.sum()) / pairs   # times 1/sigma, (D,)
-    sigma_grad = (per_parameter if sigma.dim() else per_parameter.sum()) / sigma
-    return middle.mean(), grad, sigma_grad
+    sums = theta.new_zeros(2, len(theta))
+    generator.set_state(start)                                    # the same noise again, (k, D)
+    for _, i in turns:
+        eps = _noise(len(i), theta, generator)
+        sums[0] += difference[i] @ eps
+        sums[1] += surplus[i] @ eps.square_().sub_(1) if adapt else 0
+    grad, slopes = sums / (pairs * sigma)
+    return middle.mean(), grad, (slopes if sigma.dim() else slopes.sum()) if adapt else None
 
 
 def rgs(loss, theta, sigma, samples, generator, antithetic=False, chunk=None, shard=(0, 1)):
@@ -88,76 +91,82 @@ def rgs(loss, theta, sigma, samples, generator, antithetic=False, chunk=None, sh
 
         1/n sum_i grad L(theta + sigma * eps_i)
 
-    An unbiased estimate of E[grad L(theta + sigma * eps)]. That is the gradient of the smoothed
-    loss if L is continuous wherever the noise reaches, not only at theta; what L's jumps contribute
-    is missing (see the top of this file).
-    antithetic: use eps and -eps; samples is then even. Other arguments as in pgpe. With shard, each
-    process takes as many samples, and the result is that of one up to the rounding of sums.
+    An unbiased estimate of E[grad L(theta + sigma * eps)]: the gradient of the smoothed loss if L
+    is continuous wherever the noise reaches, not only at theta. What L's jumps add is missing.
+    antithetic: use eps and -eps; samples is then even. Both signs see the same part if samples is a
+    multiple of 2 m. Two samples of two parts, + on one and - on the other, cost one gradient, as
+    unbiased: each sign is N(0, I) by itself. Other arguments as in pgpe; the noise is held whole.
+    With shard, each process takes about as many samples, the result that of one but for rounding.
     """
-    theta, sigma = _check(theta, sigma, chunk, samples=samples)
-    if antithetic and samples % 2:
-        raise ValueError(f"samples={samples} has to be even with antithetic=True")
+    losses, theta, sigma = _check(loss, theta, sigma, chunk, antithetic, samples=samples)
     eps = _noise(samples // 2 if antithetic else samples, theta, generator)
     eps = torch.cat([eps, -eps]) if antithetic else eps           # (n, D)
     sums = theta.new_zeros(1 + len(theta))                        # of the losses, of the gradients
-    each = -(-samples // shard[1])
-    for i in _slices(samples, min(chunk or each, each), shard):
-        values, grads = _gradients(loss, theta + sigma * eps[i])
+    rank, world = shard
+    each = -(-samples // world)
+    for loss, rows in _turns(losses, eps, min(chunk or each, each))[rank::world]:
+        values, grads = _gradients(loss, theta + sigma * rows)
         sums += torch.cat([values.sum()[None], grads.sum(0)])
-    value, grad = (_summed(sums, shard) / samples).split([1, len(theta)])
+    if world > 1:
+        torch.distributed.all_reduce(sums)
+    value, grad = (sums / samples).split([1, len(theta)])
     return value[0], grad, None
 
 
 def smoothed_loss(loss, theta, sigma, samples, generator, chunk=None):
-    """Monte Carlo estimate of L_sigma(theta) and its standard error, for plots and tests.
-
-    samples: an even number; antithetic pairs. The error is that of the mean of the pair means,
-    infinite for a single pair.
-    """
-    theta, sigma = _check(theta, sigma, chunk, samples=samples)
-    if samples % 2:
-        raise ValueError(f"samples={samples} has to be even: they are used in antithetic pairs")
-    eps = _noise(samples // 2, theta, generator)
-    middle = _antithetic_losses(loss, theta, sigma, eps, chunk).mean(0)
+    """Monte Carlo estimate of L_sigma(theta) and its standard error (infinite for one pair) from
+    samples, an even number, in antithetic pairs: for plots and tests."""
+    pairs = samples // 2
+    losses, theta, sigma = _check(loss, theta, sigma, chunk, True, samples=samples, pairs=pairs)
+    middle = _antithetic_losses(losses, theta, sigma, pairs, generator, chunk)[1].mean(0)
     error = middle.std() / len(middle) ** 0.5 if len(middle) > 1 else middle.new_tensor(torch.inf)
     return middle.mean(), error
 
 
+def relative_error(estimate, runs=8):
+    """Standard error of a gradient estimate over the norm of its mean, a () tensor, from runs >= 2
+    of it. estimate: lambda: gls.rgs(...), say. Infinite where the noise hides the mean."""
+    grads = torch.stack([estimate()[1] for _ in range(runs)])     # (runs, D)
+    variance = grads.var(0).sum()
+    square = grads.mean(0).square().sum() - variance / runs
+    return (variance / square.clamp(min=0)).sqrt()
+
+
 def _noise(rows, theta, generator):
-    return torch.randn(rows, len(theta), generator=generator, dtype=theta.dtype,
-                       device=theta.device)
+    """(rows, D), drawn row by row: torch's numbers depend on how many are drawn at once."""
+    eps = theta.new_empty(rows, len(theta))
+    for row in eps:
+        row.normal_(generator=generator)
+    return eps
 
 
-def _slices(total, size, shard=(0, 1)):
-    """0..total in slices of size; of these, the share of one process: every world-th."""
-    rank, world = shard
-    return [slice(i, i + size) for i in range(0, total, size)][rank::world]
-
-
-def _summed(t, shard):
-    """t, summed over the processes, in place."""
-    if shard[1] > 1:
-        dist.all_reduce(t)
-    return t
+def _turns(losses, rows, size):
+    """[(loss, at most size of the rows that see it), ...]: row i sees loss i mod m."""
+    return [(loss, some) for j, loss in enumerate(losses)
+            for some in rows[j::len(losses)].split(size)]
 
 
 def _losses(loss, points):
     values = loss(points)
     if values.shape != points.shape[:1]:
-        raise ValueError(f"loss has to map (P, D) to (P,); it mapped {tuple(points.shape)} to "
-                         f"{tuple(values.shape)}")
+        raise ValueError(f"loss has to map (P, D) to (P,), not {points.shape} to {values.shape}")
     return values
 
 
-def _antithetic_losses(loss, theta, sigma, eps, chunk, shard=(0, 1)):
-    """L(theta + sigma eps_i) and L(theta - sigma eps_i), (2, n)."""
-    n = len(eps)
-    values, number = theta.new_zeros(2 * n), torch.arange(2 * n, device=theta.device)
-    with torch.no_grad():
-        for i in _slices(2 * n, chunk or 2 * n, shard):
-            d = sigma * eps[number[i] % n]
-            values[i] = _losses(loss, theta + torch.where(number[i, None] < n, d, -d))
-    return _summed(values, shard).view(2, n)               # what others evaluated was 0 here
+@torch.no_grad()
+def _antithetic_losses(losses, theta, sigma, n, generator, chunk, shard=(0, 1)):
+    """The turns, and L(theta + sigma eps_i) and L(theta - sigma eps_i), (2, n)."""
+    chunk, (rank, world), values = chunk or 2 * n, shard, theta.new_zeros(2, n)
+    turns = _turns(losses, torch.arange(n), max(1, chunk // 2))
+    for turn, (loss, i) in enumerate(turns):
+        d = sigma * _noise(len(i), theta, generator)
+        if turn % world == rank:
+            points = torch.cat([theta + d, theta - d]).split(chunk)
+            found = [_losses(loss, some) for some in points]
+            values[:, i] = torch.cat(found).view(2, -1)
+    if world > 1:
+        torch.distributed.all_reduce(values)                        # what others evaluated was 0 here
+    return turns, values
 
 
 def _gradients(loss, points):
@@ -172,15 +181,20 @@ def _gradients(loss, points):
     return values.detach(), grads
 
 
-def _check(theta, sigma=1.0, chunk=None, **counts):
-    """theta and sigma as tensors of one dtype, apart from any graph; ValueError for nonsense."""
+def _check(loss, theta, sigma=1.0, chunk=None, antithetic=False, **counts):
+    """A list of losses; theta, sigma of one dtype, apart from any graph. ValueError: nonsense."""
+    losses = [loss] if callable(loss) else list(loss)
     if theta.dim() != 1:
         raise ValueError(f"theta has to be one vector (D,), not {tuple(theta.shape)}")
     for name, n in {**counts, "chunk": chunk or 1}.items():
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"{name}={n} has to be a whole number, at least 1")
+        if antithetic and name == "samples" and n % 2:
+            raise ValueError(f"{name}={n} has to be even, for antithetic pairs")
+        if name != "chunk" and (not losses or n % len(losses)):
+            raise ValueError(f"{name}={n} has to be a multiple of the {len(losses)} losses")
     sigma = torch.as_tensor(sigma, dtype=theta.dtype, device=theta.device).detach()
     if sigma.shape not in ((), theta.shape) or not ((sigma > 0) & sigma.isfinite()).all():
         raise ValueError(f"sigma has to be positive and finite, a number or a tensor like theta; "
                          f"got {sigma.tolist() if sigma.dim() == 0 else tuple(sigma.shape)}")
-    return theta.detach(), sigma
+    return losses, theta.detach(), sigma

@@ -941,15 +941,153 @@ def test_the_values_and_the_standard_error_are_those_of_closed_forms():
     assert (value - exact).abs() < 5 * error
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_pgpe_evaluates_the_pairs_asked_for(chunk):
-    points, theta = [], torch.zeros(3, dtype=torch.float64)
-    def loss(thetas):
-        points.append(thetas)
-        return thetas.sum(1)
-    gls.pgpe(loss, theta, 0.1, 4, torch.Generator().manual_seed(0), chunk)
-    plus, minus = torch.cat(points).view(2, 4, 3)
-    assert torch.equal(plus, -minus) and len({tuple(p.tolist()) for p in plus}) == 4
+def points_seen(estimator, losses, D, dtype=torch.float64):
+    """What each of so many losses is given, with theta = 0: [(P, D), ...], a call after another."""
+    seen = [[] for _ in range(losses)]
+    def watch(points):
+        return lambda thetas: (points.append(thetas.detach().clone()), thetas.sum(1))[1]
+    estimator([watch(points) for points in seen], torch.zeros(D, dtype=dtype), 0.1,
+              generator=torch.Generator().manual_seed(0))
+    return seen
+
+
+@pytest.mark.parametrize("chunk, sizes", [(None, [8]), (1, [1] * 8), (3, [2] * 4), (4, [4, 4])])
+def test_pgpe_evaluates_the_pairs_asked_for(chunk, sizes):
+    calls, = points_seen(partial(gls.pgpe, pairs=4, chunk=chunk), 1, 3)
+    assert [len(points) for points in calls] == sizes
+    points = {tuple(p.tolist()) for p in torch.cat(calls)}
+    assert len(points) == 8 and points == {tuple(-v for v in p) for p in points}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("D", [5, 16, 37])          # 16 numbers or more are drawn by other code
+def test_the_noise_depends_neither_on_chunks_nor_on_processes(D, dtype, monkeypatch):
+    """Bit by bit; of many processes, each evaluates other pairs, and together all."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: None)
+    seen = lambda **k: {tuple(p.tolist()) for calls in points_seen(
+        partial(gls.pgpe, pairs=6, **k), 2, D, dtype) for points in calls for p in points}
+    whole = seen()
+    assert len(whole) == 12
+    assert all(seen(chunk=chunk) == whole for chunk in (1, 2, 3, 4, 6, 12))
+    for chunk in (2, 4, None):
+        shares = [seen(chunk=chunk, shard=(rank, 2)) for rank in range(2)]
+        assert shares[0] | shares[1] == whole and len(shares[0]) + len(shares[1]) == 12
+
+
+def test_pgpe_sums_over_the_noise_that_it_evaluated():
+    """A loss a.t has the estimate 1/n sum_i (a.eps_i) eps_i, of the very eps_i that it saw."""
+    for dtype, D in ((torch.float32, 37), (torch.float64, 5)):
+        a, seen = torch.arange(D).to(dtype), []
+        loss = lambda t: (seen.append(t.clone()), t @ a)[1]
+        grad = gls.pgpe(loss, torch.zeros(D, dtype=dtype), 0.5, 6, torch.Generator(), chunk=4)[1]
+        eps = torch.cat([points[:len(points) // 2] for points in seen]) / 0.5
+        torch.testing.assert_close(grad, (eps @ a) @ eps / 6)
+
+
+def test_pgpe_holds_the_noise_of_a_chunk_only():
+    """150 MB above theta and one perturbed copy with D of 5 million float32: 7.5 vectors."""
+    from torch.distributed._tools.mem_tracker import MemTracker    # private: not in every version
+    theta, generator = torch.zeros(50_000), torch.Generator()
+    with MemTracker() as tracker:
+        gls.pgpe(lambda t: t.sum(1), theta, torch.tensor(0.1), 64, generator, chunk=2)
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert theta.nbytes < peak <= (2 + 7.5) * theta.nbytes
+
+
+# Losses of two parts, the gradient of their smoothed mean, and its gradient by sigma
+SLOPES = torch.stack([A, torch.tensor([3.0, 1.0, -1.0], dtype=torch.float64)])
+PARTS = {
+    "linear": ([lambda t, a=a: 7 * a[0] + t @ a for a in SLOPES], lambda t, s: SLOPES.mean(0),
+               lambda t, s: 0.0),
+    "quadratic": ([lambda t, c=c: c * t.square().sum(1) / 2 for c in (1, 5)], lambda t, s: 3 * t,
+                  lambda t, s: 3 * len(t) * s),
+    "step": ([lambda t, c=c: 4 * (t[:, 0] > c).to(t.dtype) for c in (0.1, 0.6)],
+             lambda t, s: sum(2 * torch.exp(-((t - c) / s) ** 2 / 2) for c in (0.1, 0.6))
+             / (s * math.sqrt(2 * math.pi)) * torch.eye(3)[0],
+             lambda t, s: -sum(2 * (t[0] - c) * torch.exp(-((t[0] - c) / s) ** 2 / 2)
+                               for c in (0.1, 0.6)) / (s ** 2 * math.sqrt(2 * math.pi))),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_are_unbiased(name):
+    losses, gradient, by_sigma = PARTS[name]
+    theta, g = torch.tensor([0.2, -0.3, 0.5], dtype=torch.float64), torch.Generator().manual_seed(0)
+    estimators = [partial(gls.pgpe, pairs=2), partial(gls.pgpe, pairs=4)]
+    if name != "step":
+        estimators += [partial(gls.rgs, samples=2, antithetic=True), partial(gls.rgs, samples=6)]
+    values = [loss(theta + 0.3 * torch.randn(10 ** 5, 3, generator=g, dtype=theta.dtype))
+              for loss in losses]
+    exact, its_error = torch.cat(values).mean(), 10 * torch.cat(values).std() / 10 ** 2.5
+    for estimator in estimators:
+        runs = [estimator(losses, theta, 0.3, generator=g) for _ in range(1000)]
+        mean, error = mean_and_error([r[1] for r in runs])
+        assert ((mean - gradient(theta, 0.3)).abs() <= error + 1e-12).all()
+        mean, error = mean_and_error([r[0] for r in runs])
+        assert (mean - exact).abs() <= error + its_error
+        if estimator.func is gls.pgpe:
+            mean, error = mean_and_error([r[2] for r in runs])
+            assert (mean - by_sigma(theta, 0.3)).abs() <= error
+
+
+def test_the_variance_of_parts_is_that_of_their_mean():
+    """Of PGPE for linear losses (|a_j|^2 + a_jk^2) / n, of RGS none; for c_j |t|^2 / 2 RGS has
+    c_j^2 s^2 / n: means over j, and nothing of theta. The sign + on one part and - on the other
+    leaves (c_1 - c_2) s eps / 2 of an antithetic pair; both signs on both parts leave nothing."""
+    theta, g = torch.tensor([0.2, -0.3, 0.5], dtype=torch.float64), torch.Generator().manual_seed(0)
+    runs = lambda estimator, losses: torch.stack([
+        estimator(losses, 50 * theta, 0.3, generator=g)[1] for _ in range(1500)])
+    lines, bowls = PARTS["linear"][0], PARTS["quadratic"][0]
+    of_pair = (SLOPES.square().sum(1, keepdim=True) + SLOPES ** 2).mean(0)
+    torch.testing.assert_close(runs(partial(gls.pgpe, pairs=4), lines).var(0), of_pair / 4,
+                               rtol=0.1, atol=0)
+    assert (gls.rgs(lines, theta, 0.3, 2, g)[1] - SLOPES.mean(0)).abs().max() < 1e-12
+    for samples, antithetic, variance in ((4, False, 13 * 0.09 / 4), (2, True, 4 * 0.09),
+                                          (4, True, 0.0)):
+        rgs = partial(gls.rgs, samples=samples, antithetic=antithetic)
+        torch.testing.assert_close(runs(rgs, bowls).var(0), torch.full((3,), variance).double(),
+                                   rtol=0.1, atol=1e-12)
+
+
+def test_each_part_sees_as_many_samples_and_both_signs_of_a_pair_if_it_can():
+    for chunk in (None, 1, 3):
+        by_pgpe = [torch.cat(calls) for calls in points_seen(
+            partial(gls.pgpe, pairs=6, chunk=chunk), 3, 4)]
+        by_rgs = [torch.cat(calls) for calls in points_seen(
+            partial(gls.rgs, samples=12, antithetic=True, chunk=chunk), 3, 4)]
+        for points in (*by_pgpe, *by_rgs):
+            points = {tuple(p.tolist()) for p in points}
+            assert len(points) == 4 and points == {tuple(-v for v in p) for p in points}
+        for seen in (by_pgpe, by_rgs):
+            assert len({tuple(p.tolist()) for p in torch.cat(seen)}) == 12
+    (plus,), (minus,) = points_seen(partial(gls.rgs, samples=2, antithetic=True), 2, 4)
+    assert torch.equal(plus, -minus) and len(plus) == 1
+
+
+def test_equal_parts_give_what_one_loss_gives():
+    theta, loss = torch.randn(5, dtype=torch.float64), lambda t: t.square().sum(1).sin()
+    for estimator in (partial(gls.pgpe, pairs=6), partial(gls.rgs, samples=6),
+                      partial(gls.smoothed_loss, samples=12)):
+        whole, parts = (estimator(losses, theta, 0.2, generator=torch.Generator().manual_seed(3))
+                        for losses in (loss, [loss] * 3))
+        for a, b in zip(whole, parts):
+            assert a is b is None or torch.allclose(a, b, rtol=1e-12)
+
+
+def test_the_relative_error_is_that_of_closed_forms():
+    """RGS of |t|^2 / 2: the variance s^2 D / n against |theta|^2. PGPE of a.t: |a|^2 (D + 1) / n."""
+    theta, g = torch.tensor([0.2, -0.3, 0.5], dtype=torch.float64), torch.Generator().manual_seed(0)
+    bowl, line = SMOOTHED["quadratic"][0], SMOOTHED["linear"][0]
+    error = gls.relative_error(lambda: gls.rgs(bowl, theta, 0.3, 5, g), 1500)
+    assert error.item() == pytest.approx(0.3 * (3 / 5) ** 0.5 / theta.norm().item(), rel=0.03)
+    error = gls.relative_error(lambda: gls.pgpe(line, theta, 0.3, 16, g), 1500)
+    assert error.item() == pytest.approx((4 / 16) ** 0.5, rel=0.03)
+    few = [gls.relative_error(lambda: gls.pgpe(line, theta, 0.3, 16, g), 8) ** 2
+           for _ in range(100)]
+    assert torch.stack(few).median().item() == pytest.approx(4 / 16, rel=0.15)
+    assert gls.relative_error(lambda: gls.gradient(bowl, theta)) == 0
+    signs = iter([1, -1, 1, -1])
+    assert gls.relative_error(lambda: (0, next(signs) * theta), 4) == math.inf
 
 
 @pytest.mark.parametrize("estimator", [
@@ -982,6 +1120,7 @@ def test_members_run_at_once_change_rounding_only(tmp_path):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert members_at_once(auto, config | dict(batch_size=10 ** 4)) == 1
     assert members_at_once(auto, config | dict(batch_size=10 ** 4, device="cuda")) == 16
+    assert members_at_once(auto, config | dict(parts=8, batch_size=64)) == 8 * 16
 
 
 def test_estimators_touch_nobody_elses_gradient():
@@ -1009,6 +1148,10 @@ def test_estimators_touch_nobody_elses_gradient():
     (lambda f, t, g: gls.pgpe(lambda t: t.sum(), t, 0.1, 2, g), "has to map (P, D) to (P,)"),
     (lambda f, t, g: gls.pgpe(f, t[None], 0.1, 2, g), "one vector"),
     (lambda f, t, g: gls.smoothed_loss(f, t, 0.1, 3, g), "samples=3 has to be even"),
+    (lambda f, t, g: gls.rgs([f] * 2, t, 0.1, 3, g), "samples=3 has to be a multiple of the 2"),
+    (lambda f, t, g: gls.pgpe([f] * 4, t, 0.1, 6, g), "pairs=6 has to be a multiple of the 4"),
+    (lambda f, t, g: gls.smoothed_loss([f] * 2, t, 0.1, 2, g), "pairs=1 has to be a multiple"),
+    (lambda f, t, g: gls.pgpe([], t, 0.1, 6, g), "a multiple of the 0 losses"),
 ])
 def test_estimators_refuse_nonsense(call, message):
     with pytest.raises(ValueError) as error:
@@ -1458,6 +1601,59 @@ def test_cifar_10_is_normalised_and_augmented(tmp_path, monkeypatch):
     train_on_noise(tmp_path, "--opt grad --epochs 1", augment=True)
     assert len(calls) == 3
     assert all(given["x"] is x for (given, _), (_, x) in zip(calls, changed, strict=True))
+
+
+@pytest.mark.parametrize("relax, opt", [("mtl-ibp", "rgs"), ("sabr", "rgs"), ("deeppoly", "pgpe")])
+def test_the_mean_over_parts_is_the_loss_of_the_minibatch(relax, opt, monkeypatch):
+    """Also where they are not of one size; each is attacked by itself. Of fewer images than parts,
+    all are one."""
+    net, x, y = make("windows", batch=8)
+    config = train.parse_config(f"--relax {relax} --opt {opt} --samples 12 --parts 3 --kappa 0.3 "
+                                "--l1 0.01 --regularize 0".split())
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()[None]
+    calls, certified = arrivals(monkeypatch, train, "attack"), ([], [])
+    parts = train.losses_of_step(net, x, y, 0.05, config, certified[0])
+    attacked = [len(given["x"]) for given, _ in calls]
+    assert attacked == ([3, 3, 2] if relax in train.ATTACKING else []) and len(parts) == 3
+    whole, = train.losses_of_step(net, x, y, 0.05, config | dict(parts=1), certified[1])
+    each = torch.cat([loss(theta) for loss in parts])
+    torch.testing.assert_close(each.mean(), whole(theta)[0])
+    assert each.std() > 0.01 * each.mean()                                # so it could differ
+    torch.testing.assert_close(torch.stack(certified[0]).mean(), certified[1][0])
+    alone, = train.losses_of_step(net, x[:2], y[:2], 0.05, config)
+    all_of_it, = train.losses_of_step(net, x[:2], y[:2], 0.05, config | dict(parts=1))
+    assert torch.equal(alone(theta), all_of_it(theta))
+
+
+def test_each_part_has_its_own_regularisers(monkeypatch):
+    net, x, y = make("windows", batch=8)
+    config = train.parse_config("--samples 4 --parts 4 --regularize 0.5 --relax box".split())
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()[None]
+    parts = train.losses_of_step(net, x, y, 0.05, config)                 # in the ramp: eps is 0.1
+    for i, loss in enumerate(parts):
+        images = slice(2 * i, 2 * i + 2)
+        assert loss(theta).item() == pytest.approx(
+            loss_at(net, x[images], y[images], 0.05, "box", regularize=0.25))
+
+
+@pytest.mark.parametrize("words", ["--opt rgs --samples 4 --parts 4", "--opt rgs --parts 2",
+                                   "--opt pgpe --samples 8 --parts 4 --members 3"])
+def test_parts_share_out_every_minibatch(tmp_path, monkeypatch, words):
+    """20 images in steps of 8, 8 and 4: an epoch sees each once, whatever the number of parts."""
+    calls = arrivals(monkeypatch, train, "robust_loss")
+    train_on_noise(tmp_path, f"--epochs 1 {words}")
+    seen = torch.cat([given["x"] for given, _ in calls]).flatten(1)
+    assert len(seen) == len({tuple(x.tolist()) for x in seen}) == 20
+    assert len(calls) == 3 * int(re.search(r"--parts (\d)", words)[1])
+
+
+@pytest.mark.parametrize("words", ["--opt grad --parts 2", "--opt rgs --samples 4 --parts 3",
+                                   "--opt pgpe --samples 12 --parts 4"])
+def test_parts_that_cannot_be_used_equally_often_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_config(words.split())
+    err = capsys.readouterr().err
+    assert "argument --parts" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words, antithetic", [("", True), ("--no-antithetic", False)])

@@ -9,9 +9,8 @@
 
 A step (take_step): bounds of the margins over a ball around each image (relaxations.py), the
 cross-entropy on them, and an estimate of its gradient, smoothed or not (gls.py), for Adam. Readers
-of data, run folders (config.json, log.csv, checkpoint.pt) and processes are in plumbing/.
-
-Shape letters as in relaxations.py.  Expected from the first command on 2 CPU cores: see README.md.
+of data, run folders (config.json, log.csv, checkpoint.pt) and processes are in plumbing/. Shape
+letters as in relaxations.py.  Expected from the first command on 2 CPU cores: see README.md.
 """
 import math
 from contextlib import ExitStack
@@ -29,7 +28,7 @@ from plumbing.console import (InputError, Progress, Setting, count, defaults, he
                               show_training, table, unit)
 from plumbing.data import (CIFAR_STATISTICS, augment, by_data, dataset_kind, dataset_name,
                            hold_out, load_dataset)
-from plumbing.processes import average, members_of_each, process_group, ranks, share, summed
+from plumbing.processes import average, members_of_each, parts_of, process_group, ranks, summed
 from plumbing.rounding import ball, check_finite, first_not_finite, in_float64
 from plumbing.runs import (at_start, check_same_images, circumstances, locked, new_folder,
                            read_checkpoint, recording, restored, run_folder)
@@ -80,6 +79,7 @@ SETTINGS = {
                        "here: an antithetic pair; 32 pairs"),
     "antithetic": Setting(True, bool, "rgs: perturb by eps and by -eps, as pgpe always does",
                           "here: cancels the odd part of the noise, for free"),
+    "parts": Setting(1, count(1), "rgs, pgpe: parts of a minibatch; a sample, or pair, sees one"),
     "sigma_adapt": Setting("fixed", ("fixed", "scalar", "parameter"),
                            "pgpe: follow the gradient of sigma too, one for all or one each"),
     "sigma_lr": Setting(0.1, not_negative, "step size of sigma", "pgpelib's default"),
@@ -145,11 +145,14 @@ def parse_config(argv=None):
 
 def _check_together(config, error):
     """Settings that are right one by one, but not together."""
-    opt, relax, samples = (config[k] for k in ("opt", "relax", "samples"))
+    opt, relax, samples, parts = (config[k] for k in ("opt", "relax", "samples", "parts"))
     paired = opt == "pgpe" or opt == "rgs" and config["antithetic"]
     if paired and samples % 2:
         error(f"argument --samples: {samples} is odd, but {opt} uses antithetic pairs; use "
               f"{samples + 1}" + ", or --no-antithetic" * (opt == "rgs"))
+    if samples % (2 * parts if opt == "pgpe" else parts):
+        error(f"argument --parts: {opt} cannot use {parts} parts equally often with {samples} "
+              "samples" + ", which are pairs" * (opt == "pgpe"))
     if config["loss"] == "certified-error" and opt != "pgpe":
         error("argument --loss: the gradient of certified-error is 0; use --opt pgpe")
     if config["loss"] == "certified-error" and relax in BASELINES:
@@ -309,8 +312,7 @@ def input_radius(net, x, eps, total=lambda t: t):
 def small_box(x, points, eps, lam):
     """Center and radius of sabr's box of lam * eps around points, moved into the ball around x."""
     radius = lam * eps
-    center = points.clamp(x - (eps - radius), x + (eps - radius))
-    return center, radius
+    return points.clamp(x - (eps - radius), x + (eps - radius)), radius
 
 
 def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa=0.0, l1=0.0,
@@ -490,34 +492,33 @@ def samples_are_shared(config):
     return opt == "pgpe" or opt == "rgs" and samples % ranks()[1] == 0
 
 
-def estimate(loss, theta, sigma, config, generator):
+def estimate(losses, theta, sigma, config, generator):
     """The gradient estimate config["opt"] asks for: (loss, gradient, sigma gradient or None)."""
     opt, samples, chunk = (config[k] for k in ("opt", "samples", "members"))
     shard = ranks() if samples_are_shared(config) else (0, 1)
     if opt == "pgpe":
         adapt = config["sigma_adapt"] != "fixed"
-        return gls.pgpe(loss, theta, sigma, samples // 2, generator, chunk, adapt, shard)
+        return gls.pgpe(losses, theta, sigma, samples // 2, generator, chunk, adapt, shard)
     if opt == "rgs":
-        antithetic = config["antithetic"]
-        value, grad, _ = gls.rgs(loss, theta, sigma, samples, generator, antithetic, chunk, shard)
+        pairs = config["antithetic"]
+        value, grad, _ = gls.rgs(losses, theta, sigma, samples, generator, pairs, chunk, shard)
     else:
-        value, grad, _ = gls.gradient(loss, theta)
+        value, grad, _ = gls.gradient(*losses, theta)
     if shard != ranks():                                   # each has that of its part of the images
-        both = summed(torch.cat([value[None], grad])) / ranks()[1]
-        value, grad = both[0], both[1:]
+        value, grad = (summed(t) / ranks()[1] for t in (value, grad))
     return value, grad, None
 
 
-def loss_of_step(net, x, y, eps, config, certified=None):
-    """robust_loss by the settings in config; what depends on the ramp goes by eps / eps_train."""
+def losses_of_step(net, x, y, eps, config, certified=None):
+    """robust_loss of each part of a minibatch (of all, if its images are fewer), whose average is
+    its loss, by the settings in config; what depends on the ramp goes by eps / eps_train."""
     full = eps / config["eps_train"] if config["eps_train"] else 1.0
     options = {k: config[k] for k in ("relax", "loss", "kappa", "l1", "skip_stable", "alpha", "lam",
                                       "slope_steps")}
-    if not samples_are_shared(config):
-        x, y, part = share(x, y)                           # among many processes; alone: all of it
-        options |= part
-    return robust_loss(net, x, y, eps, regularize=config["regularize"] * (1 - full),
-                       beta=1 + (config["beta"] - 1) * full, certified=certified, **options)
+    options |= dict(regularize=config["regularize"] * (1 - full), certified=certified,
+                    beta=1 + (config["beta"] - 1) * full)
+    parts = parts_of(x, y, config.get("parts", 1), shared=not samples_are_shared(config))
+    return [robust_loss(net, *images, eps, **options, **count) for *images, count in parts]
 
 
 def why_not_finite(net, x, eps, config, grad):
@@ -532,8 +533,8 @@ def take_step(net, theta, optimizer, sigma, x, y, eps, config, *, noise, where="
     gradient norm) before it, (3,). FloatingPointError instead, if they are not finite."""
     certified = []
     update_batchnorm(net, x)
-    loss = loss_of_step(net, x, y, eps, config, certified)
-    value, theta.grad, sigma_grad = estimate(loss, theta, sigma, config, noise)
+    losses = losses_of_step(net, x, y, eps, config, certified)
+    value, theta.grad, sigma_grad = estimate(losses, theta, sigma, config, noise)
     norm = clip_grad_norm_([theta], config["clip"])
     check_finite(value, norm, f"{where}, eps {eps:.4g}",
                  lambda: why_not_finite(net, x, eps, config, theta.grad))
@@ -547,10 +548,10 @@ def train(net, x, y, config, device, folder, show=print, training=None):
     """Train net on images x and labels y, by the settings in config (see SETTINGS).
 
     Returns the rows of log.csv, which it writes into folder, as checkpoint.pt (plumbing/runs.py).
-    Every random number comes from two generators seeded with config["seed"]: one draws batches, one
-    noise.  training: as load_run returns it with net, to continue; the weights in the end are then,
-    bit by bit, those of a run that never stopped. Raises FloatingPointError where numbers cease to
-    be finite, Interrupted after a signal.
+    Two generators seeded with config["seed"] draw all random numbers: one batches, one noise.
+    training: as load_run returns it with net, to continue; the weights in the end are, bit by bit,
+    those of a run that never stopped. Raises FloatingPointError where numbers cease to be finite,
+    Interrupted after a signal.
     """
     theta = parameters_to_vector(net.parameters()).detach().clone()
     vector_to_parameters(theta, net.parameters())      # as views: net follows theta from here on
@@ -618,8 +619,7 @@ def main(argv=None):
             config = saved | dict(out=str(resumed)) | config       # --data-dir, --device may differ
         device = pick_device(config["device"].split(":")[0])
         stack.enter_context(process_group(device))
-        data = load_dataset(config["dataset"], config["data_dir"])
-        data = hold_out(data, config["validation"])
+        data = hold_out(load_dataset(config["dataset"], config["data_dir"]), config["validation"])
         if not resumed:
             net, config = new_run(config, data, device)
             stack.enter_context(new_folder(config, net))

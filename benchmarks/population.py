@@ -32,7 +32,8 @@ def problem(dataset, net, relax, batch, data_dir, device):
     net = train.build_network(net, data.x_train.shape[1:], data.classes).to(device)
     x, y = (t[:batch].to(device) for t in (data.x_train, data.y_train))
     loss = train.robust_loss(net, x, y, RADIUS[dataset], relax, regularize=0.5, skip_stable=True)
-    config = dict(device=device, relax=relax, batch_size=batch, input_shape=x.shape[1:])
+    config = dict(device=device, relax=relax, batch_size=batch, parts=1,
+                  input_shape=x.shape[1:])
     members = members_at_once(net, config)
     return loss, torch.nn.utils.parameters_to_vector(net.parameters()).detach(), members
 

@@ -46,28 +46,46 @@ class Total(torch.autograd.Function):
         return Total.forward(ctx, grad)
 
 
-def share(x, y):
-    """This process's part of a minibatch, and how a loss is to count it: (x, y, options).
+def share(x, y, weight=1.0):
+    """This process's part of images that count by weight, and how a loss is to count it: (x, y,
+    options).
 
     weight makes the mean over the processes the mean over the images, and total sums what is not a
     mean, such as the statistics of regularisers, over the processes, in its gradient too.
     """
     rank, world = ranks()
     if world == 1 or len(x) < world:                         # too few: everybody takes all of it
-        return x, y, {}
+        return x, y, dict(weight=weight)
     part = torch.arange(len(x)).tensor_split(world)[rank]
-    options = dict(weight=len(part) * world / len(x), total=Total.apply)
+    options = dict(weight=weight * len(part) * world / len(x), total=Total.apply)
     return x[part], y[part], options
+
+
+def parts_of(x, y, number, shared):
+    """A minibatch cut into so many parts of nearly equal size; all in one, if it has fewer images.
+    Of each [(x, y, options), ...], shared among the processes or not, as by share.
+
+    The mean of their losses is that of the minibatch: one with more images weighs more.
+    """
+    number = number if len(x) >= number else 1               # the same in all processes
+    parts = []
+    for images, labels in zip(x.tensor_split(number), y.tensor_split(number)):
+        weight = len(images) * number / len(x)
+        part = images, labels, dict(weight=weight)
+        parts.append(share(images, labels, weight) if shared else part)
+    return parts
 
 
 def members_at_once(net, config):
     """How many parameter vectors to run at once, where --members does not say; for speed alone.
 
     Small ones together save overhead; large ones, on a CPU, only miss its cache. The limit, in
-    neurons times images, is measured (benchmarks/population.py).
+    neurons times images, is measured (benchmarks/population.py). Of a minibatch in parts, each sees
+    as many images less: so many more run at once.
     """
+    most = 16 * config["parts"]
     if config["device"] != "cpu":
-        return 16
+        return most
     x, neurons = torch.zeros(1, *config["input_shape"]), 0
     with torch.no_grad():
         for layer in net:
@@ -75,8 +93,9 @@ def members_at_once(net, config):
                 neurons += x.numel()
             x = layer(x)
     substituted = config["relax"] in ("crown-ibp", "deeppoly", "alpha-crown")
-    limit = (2 ** 19 if substituted else 2 ** 21) // (config["batch_size"] * max(1, neurons))
-    return max(1, min(16, limit))
+    limit = 2 ** 19 if substituted else 2 ** 21
+    limit = limit * config["parts"] // (config["batch_size"] * max(1, neurons))
+    return max(1, min(most, limit))
 
 
 def members_of_each(net, config):

@@ -24,6 +24,8 @@ RUNS = {   # what a run may have beside weights: sigmas, running statistics, aug
     "rgs": "--net small --epochs 3 --subset 300 --test-subset 5 --ramp 2 --milestones 1 2",
     "pgpe": "--net small --opt pgpe --samples 4 --sigma-adapt parameter --epochs 2 --subset 200 "
             "--test-subset 5 --milestones 1",
+    "parts": "--net small --relax sabr --samples 4 --parts 2 --epochs 2 --subset 200 "
+             "--test-subset 5",
     "batchnorm": "--dataset own.npz --net cnn7 --relax box --opt grad --epochs 3 --batch-size 4",
     "augmented": "--dataset cifar10 --data-dir . --net small --relax sabr --epochs 2 "
                  "--batch-size 4"}
@@ -74,6 +76,19 @@ def test_fifty_kills_at_random_times_change_nothing(tmp_path, monkeypatch):
         _, status = os.waitpid(child, 0)
         kills += os.WIFSIGNALED(status)
         assert train.load_run("run")[2]["done"] > 0                    # always whole
+    assert command(train.main, "--resume", "run") == 0
+    assert all(torch.equal(t, weights("whole")[k]) for k, t in weights("run").items())
+
+
+def test_a_run_from_before_there_were_parts_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command(train.main, *RUNS["rgs"].split(), "--out", "whole") == 0
+    with monkeypatch.context() as m:
+        stop_at(m, (2,), signal.SIGTERM)
+        assert command(train.main, *RUNS["rgs"].split(), "--out", "run") == 143
+    saved = torch.load("run/checkpoint.pt", weights_only=True)
+    del saved["config"]["parts"]
+    torch.save(saved, "run/checkpoint.pt")
     assert command(train.main, "--resume", "run") == 0
     assert all(torch.equal(t, weights("whole")[k]) for k, t in weights("run").items())
 
