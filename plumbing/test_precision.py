@@ -54,12 +54,23 @@ def test_a_switch_changes_no_bound_and_stays_as_it_was():
     for level in ("high", "medium"):
         said, = probe(f"{legacy}('{level}')")
         assert said == "torch.backends.mkldnn.matmul.fp32_precision False"
-    places = ["torch.backends.mkldnn.matmul", "torch.backends.mkldnn.conv", "torch.backends",
-              "torch.backends.cuda.matmul", "torch.backends.cudnn.conv"]
+    places = ["torch.backends.mkldnn.matmul", "torch.backends.mkldnn.conv", "torch.backends", "torch.backends.cudnn.conv"]
     switches = [f"{place}.fp32_precision = 'tf32'" for place in places]
     assert probe(after=switches) == [f"{place}.fp32_precision False" for place in places]
     name = "ONEDNN_DEFAULT_FPMATH_MODE"
     assert probe(**{name: "BF16"}) == [f"{name} False"] and probe() == ["None True"]
+
+
+def test_switches_of_a_gpu_count_there_only():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert precision.reduced("cuda") == "torch.backends.cuda.matmul.fp32_precision"
+        assert precision.reduced("cpu") is None
+    finally:
+        matmul.fp32_precision = before
+    assert precision.reduced("cuda") is None
 
 
 def test_threads_share_the_guard(monkeypatch):
