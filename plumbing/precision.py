@@ -3,8 +3,8 @@
 torch.set_float32_matmul_precision, the fp32_precision switches that followed it, TF32 on a GPU and
 an environment variable of oneDNN let float32 products round their factors to 8 to 11 bits: fine for
 training, but no bound. On a CPU all of them act through oneDNN, so the bounds are computed without
-it while one is on; on a GPU they are refused. The user's settings stay as they are, but that TF32 is
-switched off when relaxations.py is imported.
+it while one is on; on a GPU they are refused. The user's settings stay as they are, but that the
+import of relaxations.py switches TF32 off.
 """
 import os
 import threading

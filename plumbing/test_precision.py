@@ -54,7 +54,7 @@ def test_a_switch_changes_no_bound_and_stays_as_it_was():
     for level in ("high", "medium"):
         said, = probe(f"{legacy}('{level}')")
         assert said == "torch.backends.mkldnn.matmul.fp32_precision False"
-    places = ["torch.backends.mkldnn.matmul", "torch.backends.mkldnn.conv", "torch.backends", "torch.backends.cudnn.conv"]
+    places = ["torch.backends.mkldnn.matmul", "torch.backends.mkldnn.conv", "torch.backends"]
     switches = [f"{place}.fp32_precision = 'tf32'" for place in places]
     assert probe(after=switches) == [f"{place}.fp32_precision False" for place in places]
     name = "ONEDNN_DEFAULT_FPMATH_MODE"
