@@ -36,6 +36,14 @@ sys.path.append(str(Path(__file__).parent / "benchmarks"))
 import self_check                                                                  # noqa: E402
 
 torch.set_num_threads(1)     # tiny networks: a second thread only spins
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Each test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 RELAXATIONS = relaxations.RELAXATIONS[:3]     # alpha-crown, which is slow, has tests of its own
 
 
