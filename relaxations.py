@@ -342,7 +342,8 @@ def is_a(module, *kinds):
 def is_sequential(net):
     """Is it an nn.Sequential, or a subclass that only builds one?"""
     kind = type(net)
-    same = all(getattr(kind, name, None) is getattr(nn.Sequential, name) for name in RUNNING)
+    same = issubclass(kind, nn.Sequential) and all(
+        getattr(kind, name) is getattr(nn.Sequential, name) for name in RUNNING)
     return same and is_a(net, kind)
 
 
@@ -798,6 +799,7 @@ class Op(NamedTuple):
         """W h + b: (P or 1, B, N) -> (P, B, N')."""
         P = len(weight)
         if self.stride is None:
+            h = chw(h, self.in_shape)
             y = (weight @ h.mT).mT           # not h @ weight.mT, whose gradient is a transpose
             return y if bias is None else y + bias[:, None]
         # The population becomes channels: one grouped convolution, or, while all members still see
@@ -822,7 +824,7 @@ class Op(NamedTuple):
         bias = self.bias.repeat(1, math.prod(kernel))[..., None]
         d = d + (rows @ bias).squeeze(2).unflatten(1, lead)
         if self.stride is None:
-            rows = rows @ self.weight
+            rows = rows @ hwc(self.weight, self.in_shape)
         else:
             rows = self.transposed(rows, kernel, size or self.in_shape[1:],
                                    self.padding if padding is None else padding)
@@ -896,7 +898,7 @@ def read_op(layer, ops, source):
     module, tensors, shape = layer.module, layer.tensors, layer.in_shape
     norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
     if isinstance(module, nn.Linear) and len(shape) == 1:
-        weight = hwc(tensors["weight"], source)
+        weight = tensors["weight"]
         op = Op(weight, bias_of(tensors, weight), source or shape, layer.out_shape)
     elif len(shape) == 3 and source in ((), shape) and conv_padding(module):
         weight, options = tensors["weight"], (module.stride, conv_padding(module), module.dilation)
@@ -1061,7 +1063,8 @@ def first_rows(op):
     channel that serves every position; or, if that outgrows the map, all of it, with Gx = G.
     """
     if op.stride is None:
-        return op.weight[:, None], op.bias[:, None], View(op.in_shape)
+        W = hwc(op.weight, op.in_shape)
+        return W[:, None], op.bias[:, None], View(op.in_shape)
     O = op.out_shape[0]
     view = View(op.out_shape, op.out_shape[1:], (1, 1))
     eye = torch.eye(O).to(op.weight)[None, None, None]
@@ -1423,13 +1426,13 @@ class QuickEngine(Engine):
         return [self.of_all(pair) for pair in quick_neurons(self.stages, box, ask)]
 
     def margins(self, box, y, bounds, ask):
-        """No row is spent on the margin of y over itself, and samples go down in passes."""
+        """Samples go down in passes; no row is spent on the margin of y over itself."""
         P, K, n, budget = self.P, self.K, len(y), ask.budget
         if K == 1:               # nothing to bound; and where there are no rows PyTorch may crash
             return box.lower.new_zeros(P, n, 1)
-        others = (y[:, None] + torch.arange(1, K).to(y)) % K                          # (B, K-1)
-        eye = torch.eye(K).to(box.lower)
-        rows = hwc(eye[y][:, None] - eye[others], self.layouts[-1])[None]
+        if ask.relax == "box" and K <= 32:
+            return self.margins_of_few_classes(box, y, bounds)
+        rows = self.rows(y, box)[None]                                           # (1, B, K-1, K)
         bound = partial(best_slopes, ascent=ask.ascent, bound=quick_bound)
 
         def of_samples(b):
@@ -1441,5 +1444,30 @@ class QuickEngine(Engine):
         fit, keeps = budget.fit(P * K, sizes_down(View((K,)), stages), held=2 + 3 / K)
         samples = min(n, fit)
         jobs = [(b,) for b in range(0, n, samples)]
-        low = torch.cat(budget.run(of_samples, jobs, keeps * samples), 1)
-        return low.new_zeros(P, n, K).scatter(2, others.expand(P, -1, -1), low)
+        return self.filled_up(torch.cat(budget.run(of_samples, jobs, keeps * samples), 1), y)
+
+    def margins_of_few_classes(self, box, y, bounds):
+        """Margins of "box": the rows of all labels in one product, which serves all samples."""
+        labels, which = y.unique(return_inverse=True)
+        A, d = self.rows(labels, box).flatten(0, 1)[None, None], 0
+        for op in reversed(self.stages[-1]):
+            A, d = op.back(A, d)
+        lower, upper = map(F.relu, bounds[-1]) if bounds else box
+        A = A.squeeze(1)                                                       # (P, R, N)
+        low = d + lower @ A.mT + (upper - lower) @ minus(A).mT                 # (P, B, R)
+        low = low.unflatten(2, (len(labels), -1))[:, torch.arange(len(y)), which]
+        return self.filled_up(low, y)
+
+    def others(self, y):
+        """The other classes of each label, (B, K-1)."""
+        return (y[:, None] + torch.arange(1, self.K).to(y)) % self.K
+
+    def rows(self, y, like):
+        """logit[y] - logit[k] for the other classes k, (B, K-1, K)."""
+        eye = torch.eye(self.K).to(like.lower)
+        return hwc(eye[y][:, None] - eye[self.others(y)], self.layouts[-1])
+
+    def filled_up(self, low, y):
+        """(P, B, K-1) of the other classes -> (P, B, K), with 0 for the label itself."""
+        low_of_all = low.new_zeros(self.P, len(y), self.K)
+        return low_of_all.scatter(2, self.others(y).expand(self.P, -1, -1), low)
