@@ -778,7 +778,14 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
 # Nothing above needs what follows; FAST = False leaves it out. It reads Conv2d, Linear, BatchNorm
 # and zero padding, as most networks have nothing else; any other goes through the heart.
 #
-# Prices: how many times slower without a piece, forward and backward (benchmarks/against.py ...).
+# Prices, as times longer without a piece, forward and backward: benchmarks/prices.py at aed74e3,
+# CNN3 with 64 images of digits and MNIST, initial weights, one thread of an AMD EPYC.
+#     unstable_rows    8.3   skip_stable, after training by box; else nearly all rows are unstable
+#     first_relu       1.6 to 1.8   DeepPoly, which is_dense lets in
+#     QuickBox         1.12 to 1.18   DeepPoly, and 1.8 times the memory
+#     ConvTranspose    1.13 to 1.22   CROWN-IBP; sub_pixel makes 1.09 to 1.21 of it
+#     QuickLines       1.11 to 1.13   CROWN-IBP, and 1.2 times the memory; nothing with DeepPoly
+# The windows and the memory budget have no short form beside the heart itself: 4 to 8 times.
 
 class Op(NamedTuple):
     """A Layer without its module: a linear one (stride None) or a convolution.
