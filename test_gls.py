@@ -1,4 +1,4 @@
-"""Every claim the other files make, checked. Run: pytest (about 2 minutes on 2 CPU cores).
+"""Every claim the other files make, checked. Run: pytest (about 5 minutes on 2 CPU cores).
 
 Oracles are independent of the code under test: hand-computed numbers, brute force, closed forms,
 finite differences, or slow_bounds below, a DeepPoly that anybody can check line by line.
