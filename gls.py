@@ -165,7 +165,7 @@ def _antithetic_losses(losses, theta, sigma, n, generator, chunk, shard=(0, 1)):
             found = [_losses(loss, some) for some in points]
             values[:, i] = torch.cat(found).view(2, -1)
     if world > 1:
-        torch.distributed.all_reduce(values)                       # what others evaluated was 0 here
+        torch.distributed.all_reduce(values)                    # what others evaluated was 0 here
     return turns, values
 
 

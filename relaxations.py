@@ -750,8 +750,8 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
 
     def chosen(choices):
         lower, multiplier = (by_relu(t) for t in choices)
-        steps = replaced(way, lower=lower, multiplier=multiplier)
-        return bound(rows, 0, steps, found)[0, :, 0]
+        chosen_way = replaced(way, lower=lower, multiplier=multiplier)
+        return bound(rows, 0, chosen_way, found)[0, :, 0]
 
     box = Box(*(hwc(t[:, :, None], layouts[0]) for t in sub.box))
     rows = hwc(sub.rows, layouts[-1])[None, :, None]                         # (1, B, 1, K)
@@ -763,10 +763,11 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
               (unused.masked_fill(sub.signs < 0, -torch.inf),
                unused.masked_fill(sub.signs > 0, torch.inf))]
     choices = [t.clamp(*limit) for t, limit in zip((sub.slopes, sub.multipliers), limits)]
-    if steps and sub.sizes:
-        low, choices = ascend(chosen, choices, limits, RATES, steps, target=target)
-    else:
-        low = chosen(choices)
+    with full_precision(sub.l):
+        if steps and sub.sizes:
+            low, choices = ascend(chosen, choices, limits, RATES, steps, target=target)
+        else:
+            low = chosen(choices)
     if trace is not None:
         above = [A for A, step in zip(found, reversed(way)) if isinstance(step, Lines)]
         trace += [chw(A[0, :, 0], layout)

@@ -1083,7 +1083,7 @@ def test_equal_parts_give_what_one_loss_gives():
 
 
 def test_the_relative_error_is_that_of_closed_forms():
-    """RGS of |t|^2 / 2: the variance s^2 D / n against |theta|^2. PGPE of a.t: |a|^2 (D + 1) / n."""
+    """RGS of |t|^2 / 2: a variance s^2 D / n against |theta|^2. PGPE of a.t: |a|^2 (D + 1) / n."""
     theta, g = torch.tensor([0.2, -0.3, 0.5], dtype=torch.float64), torch.Generator().manual_seed(0)
     bowl, line = SMOOTHED["quadratic"][0], SMOOTHED["linear"][0]
     error = gls.relative_error(lambda: gls.rgs(bowl, theta, 0.3, 5, g), 1500)
@@ -1588,7 +1588,7 @@ def test_the_evaluation_asks_each_relaxation_as_certification_does(monkeypatch):
     net, x, y = make("windows", dtype=torch.float32, batch=12)
     calls = arrivals(monkeypatch, train, "certified_margin")
     result = train.evaluate(net, x, y, 0.05)
-    calls = [(given, bound) for given, bound in calls if given["x"] is x]      # not those in float64
+    calls = [(given, bound) for given, bound in calls if given["x"] is x]     # not those in float64
     for (given, bound), (relax, options) in zip(calls, train.CERTIFY.items(), strict=True):
         assert (given["relax"], given["eps"], given["options"]) == (relax, 0.05, options)
         assert torch.equal(result[relax], bound > 0)

@@ -14,13 +14,15 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent.parent
 FILES = ("relaxations.py", "gls.py", "train.py", "certify.py")
-NO_MATHEMATICS = set("""main run arguments parse_args parse_config settings number count pick_device
-    start_run train_and_show report log_row write_log table summary duration ranks fingerprint
-    checksum check_agreement culprit first_not_finite process_group requests_to_stop locked claim
-    new_folder newest_run load_run save_checkpoint write_whole keep_memory open_log sealed unsealed
-    merge certify_run load_dataset self_check random_problem members_at_once Parser Progress Dataset
-    ContradictionError InputError Interrupted Verdict Budget sizes_down is_dense default_memory Options Engine check_layer check_settings
-    check_samples unit_of show_training header at_start restored new_run network_of
+NO_MATHEMATICS = set("""
+    main run arguments parse_args parse_config settings number count pick_device start_run
+    train_and_show report log_row write_log table summary duration ranks fingerprint checksum
+    check_agreement culprit first_not_finite process_group requests_to_stop locked claim
+    new_folder newest_run load_run save_checkpoint write_whole keep_memory open_log sealed
+    unsealed merge certify_run load_dataset self_check random_problem members_at_once Parser
+    Progress Dataset ContradictionError InputError Interrupted Verdict Budget sizes_down
+    is_dense default_memory Options check_settings
+    show_training header at_start restored new_run network_of
     """.split())        # command lines, files, processes, printing, and what decides on speed alone
 SWAPPED = dict(Lt="LtE", Gt="GtE", Eq="NotEq", Is="IsNot", In="NotIn", Add="Sub", Mult="Div",
                And="Or", BitAnd="BitOr", min="max", minimum="maximum", amin="amax", floor="ceil",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import relaxations
 import train
 from plumbing import precision
 
@@ -95,6 +96,20 @@ def test_threads_share_the_guard(monkeypatch):
     assert seen == [False] and torch.backends.mkldnn.enabled
     with precision.full_precision(torch.zeros(1).double()):
         assert torch.backends.mkldnn.enabled             # float64 needs no guard
+
+
+def test_subdomains_are_guarded_too(monkeypatch):
+    net = train.build_network("mlp", (1, 4, 4), 3)
+    x, seen = torch.rand(1, 1, 4, 4), []
+    network, box = relaxations.prepare(net, x, 0.1, "box", None)
+    l = u = torch.zeros(1, 200)
+    sub = relaxations.Subdomains([100, 100], torch.eye(3)[:1], box, l - 1, u + 1, l, l, l)
+    monkeypatch.setattr(precision, "reduced", lambda device: "a switch")
+    bound = relaxations.lower_bound
+    monkeypatch.setattr(relaxations, "lower_bound", lambda *args: (
+        seen.append(torch.backends.mkldnn.enabled), bound(*args))[1])
+    relaxations.subdomain_bounds(network, sub)
+    assert seen == [False] and torch.backends.mkldnn.enabled
 
 
 def test_where_it_cannot_be_had_one_line_refuses(monkeypatch):
