@@ -4,8 +4,8 @@
     python figures/draw.py                  all figures, into figures/*.svg (10 minutes of one core)
     python figures/draw.py 1 3              some
 
-Needs matplotlib. Figures 1, 2, 3 and 7 compute what they show here; 4, 5 and 6 read the digits of results/, which
-figures/experiments.py writes.
+Needs matplotlib. Figures 1, 2, 3 and 7 compute what they show here; 4, 5 and 6 read the digits of
+results/, which figures/experiments.py writes; 8 does both.
 """
 import argparse
 from pathlib import Path
@@ -318,7 +318,57 @@ def figure_7(lines=4, points=81, samples=32, reach=0.1):
     save(fig, "7-surface")
 
 
-FIGURES = figure_1, figure_2, figure_3, figure_4, figure_5, figure_6, figure_7
+# ------------------------------------------------------- 8: does the gain follow the roughness?
+
+def own_loss(relax, seed):
+    """(loss, weights) of a network of the digits table, trained by plain gradients of that loss."""
+    net, x, y = trained(relax, "grad", seed)
+    chosen = experiments.tuned("digits")[relax, "grad"]
+    own = {k: chosen[k] for k in ("alpha", "lam") if k in chosen}
+    loss = train.robust_loss(net, x, y, experiments.TABLES["digits"]["eps"], relax,
+                             skip_stable=True, **own)
+    return loss, nn.utils.parameters_to_vector(net.parameters()).detach()
+
+
+def rough_at_home(relax, seed, lines=6, points=81, reach=0.1, sigma=0.01):
+    """Of that loss at its own weights: (largest jump, deviation from convexity), means over random
+    lines in units of the loss, and the noise of its gradient: the standard deviation at weights
+    perturbed by sigma, in units of the mean."""
+    loss, theta = own_loss(relax, seed)
+    ts, generator = np.linspace(-reach, reach, points), torch.Generator().manual_seed(seed)
+    directions = torch.randn(lines, len(theta), generator=generator)
+    unit = loss(theta[None]).item()
+    jump, _, convexity = np.mean([roughness(smoothed(loss, theta, d, ts, 0, 1) / unit)
+                                  for d in directions], 0)
+    noise = gls.relative_error(lambda: gls.rgs(loss, theta, sigma, 1, generator), runs=32)
+    return jump, convexity, noise.item()
+
+
+def figure_8(seeds=2):
+    """What RGS gained is read from the table of the digits, which has more seeds."""
+    grid = tables.table_cells("digits")
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3), sharey=True)
+    for relax in ("box", "crown-ibp", "deeppoly", "sabr", "mtl-ibp"):
+        found = np.array([rough_at_home(relax, seed) for seed in range(seeds)])
+        gain, error = tables.contrast(*([tables.percent(grid[relax, opt], "certified")]
+                                        for opt in ("rgs", "grad")))
+        print(f"{relax}: gain {gain:+.1f} ± {error:.1f}  " + "  ".join(
+            f"{a:.3g} ({b:.3g} to {c:.3g})" for a, b, c in
+            zip(found.mean(0), found.min(0), found.max(0))), flush=True)
+        for ax, values in zip(axes, found.T):
+            ax.errorbar(values.mean(), gain, error, np.abs(values[[0, -1]] - values.mean()).max(),
+                        fmt="o", color=COLOR[relax], capsize=2, label=NAME[relax])
+    for ax, title in zip(axes, ("largest jump, of the loss", "deviation from convexity, of the loss",
+                                "noise of the gradient, of its mean")):
+        ax.axhline(0, color="grey", lw=0.8, ls=":")
+        ax.set(xlabel=title)
+    axes[0].set_xscale("symlog", linthresh=1e-5)
+    axes[0].set_ylabel("certified by RGS less\nby plain gradient, points")
+    axes[2].legend(fontsize=7)
+    save(fig, "8-gain")
+
+
+FIGURES = figure_1, figure_2, figure_3, figure_4, figure_5, figure_6, figure_7, figure_8
 
 
 def main(argv=None):
