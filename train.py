@@ -32,14 +32,14 @@ from plumbing.processes import average, members_of_each, parts_of, process_group
 from plumbing.rounding import ball, check_finite, first_not_finite, in_float64
 from plumbing.runs import (at_start, check_same_images, circumstances, locked, new_folder,
                            read_checkpoint, recording, restored, run_folder)
-from relaxations import RELAXATIONS, margin_lower_bounds, preactivation_bounds
+from relaxations import RELAXATIONS, flat_layers, margin_lower_bounds, preactivation_bounds
 
 # --------------------------------------------------------------------------------------- settings
 # Default, limits, meaning and source of each; the command line and its help are made from this.
 # Sources: Shi = Shi et al. 2021, "Fast certified robust training with short warmup", and its code,
 # for MNIST (your own data start there) and CIFAR-10; here = from a few runs on digits, not tuned.
 
-BASELINES = "sabr", "mtl-ibp", "cc-ibp", "exp-ibp"       # they see an attack; see ATTACKING
+ATTACKING = "sabr", "mtl-ibp", "cc-ibp", "exp-ibp", "staps"      # baselines that see an attack
 NETWORKS = {  # conv: channels, kernel, stride, padding; then (BatchNorm and) ReLU. Those of CTBench
     # (eth-sri/CTBench, networks.py), but for a BatchNorm after cnn7's hidden linear layer
     "mlp": "flatten, linear 100, linear 100",
@@ -52,7 +52,7 @@ NETWORKS = {  # conv: channels, kernel, stride, padding; then (BatchNorm and) Re
 
 SETTINGS = {
     "dataset": Setting("digits", dataset_name, "digits, mnist, cifar10, or PATH.npz"),
-    "relax": Setting("deeppoly", (*RELAXATIONS, *BASELINES),
+    "relax": Setting("deeppoly", (*RELAXATIONS, *ATTACKING, "taps"),
                      "the bound in the loss, or a baseline that is none"),
     "opt": Setting("rgs", ("grad", "rgs", "pgpe"),
                    "the gradient: plain, or of the smoothed loss, of first or of zeroth order"),
@@ -90,8 +90,12 @@ SETTINGS = {
                     "Zhang et al. 2020 end at 0 or 1, by data set; 0 would make it box"),
     "alpha": Setting(0.1, unit, "mtl-ibp, cc-ibp, exp-ibp: weight of the box against the attack",
                      "here; De Palma et al. 2024 use 0.004 to 0.5, by data set"),
-    "lam": Setting(0.4, positive_unit, "sabr: radius of the small box, in units of eps (lambda)",
+    "lam": Setting(0.4, positive_unit, "sabr, staps: radius of the small box, in units of eps",
                    "Mueller et al. 2023 for MNIST at 0.1; they use 0.1 to 0.7, by data set"),
+    "split": Setting(1, count(1), "taps, staps: ReLUs in the last part of the network, which is "
+                     "attacked instead of bounded", "Mao et al. 2023, mostly; 1 to 6 in CTBench"),
+    "expand": Setting(5.0, positive, "taps, staps: factor of the gradient of the attacked loss",
+                      "Mao et al. 2023; 2 to 5 in their code, by data set"),
     "slope_steps": Setting(3, count(0), "alpha-crown: steps of ascent inside the loss",
                            "here; each costs a bound and its gradient"),
     "kappa": Setting(0.0, unit, "weight of the natural loss; 0: only the bound counts", "here"),
@@ -155,7 +159,7 @@ def _check_together(config, error):
               "samples" + ", which are pairs" * (opt == "pgpe"))
     if config["loss"] == "certified-error" and opt != "pgpe":
         error("argument --loss: the gradient of certified-error is 0; use --opt pgpe")
-    if config["loss"] == "certified-error" and relax in BASELINES:
+    if config["loss"] == "certified-error" and relax not in RELAXATIONS:
         error(f"argument --loss: {relax} has no certified-error; use a --relax of "
               + ", ".join(RELAXATIONS))
     if config["sigma_adapt"] != "fixed" and opt != "pgpe":
@@ -234,12 +238,13 @@ def update_batchnorm(net, x):
 
 # -------------------------------------------------------------------------------- the robust loss
 # Of m, lower bounds of the margins in the ball (-m are logits of the worst case), and for baselines
-# of a, the margins at points found by an attack: 8 steps of PGD on net as it is, once for all P.
+# of a, the margins at points found by an attack: 8 steps of PGD on net as it is, once for all P
+# (for taps and staps see latent_margins).
 #   box, deeppoly      the bounds of relaxations.py
 #   crown-ibp          beta m + (1 - beta) (m of box), as Zhang et al. 2020 train with it
 #   alpha-crown        the margins by slope_steps steps of ascent, between DeepPoly's bounds of the
 #                      neurons; a gradient holds the slopes found fixed
-#   ATTACKING          see each; they are no upper bounds of the worst case
+#   BASELINES          see each; they are no upper bounds of the worst case
 
 def cross_entropy(margins):
     """Of logits that are less than that of the label by margins (..., K): log sum_k exp(-m_k)."""
@@ -265,7 +270,74 @@ def exp_ibp(m, a, alpha):
     return of_box ** alpha * of_attack ** (1 - alpha)
 
 
-ATTACKING = dict(zip(BASELINES, (sabr, mtl_ibp, cc_ibp, exp_ibp)))
+# Mao et al. 2023, "Connecting certified and adversarial training"; a: latent_margins. staps is the
+# same in sabr's box. Of each image: the authors' code multiplies the means of a minibatch.
+def taps(m, a, alpha):
+    return cross_entropy(m) * cross_entropy(a)
+
+
+BASELINES = dict(zip((*ATTACKING, "taps"), (sabr, mtl_ibp, cc_ibp, exp_ibp, taps, taps)))
+
+
+def latent_margins(net, params, bounds, y, classes, split=1, expand=1.0):
+    """Of taps: margin k at a point that an attack found for k in a box inside the network, (P, B,
+    K); the box is where interval arithmetic has the outputs of the last ReLU but split.
+
+    bounds: of all neurons, as preactivation_bounds returns them. A gradient goes, expand times as
+    large, to what is above the box, and through linked to the box and so to what is below.
+    """
+    part, names = last_part(net, split), {p: name for name, p in net.named_parameters()}
+    above = {name: params[names[p]] for name, p in part.named_parameters()}
+    l, u = (F.relu(t).unsqueeze(2) for t in bounds[-1 - split])                  # (P, B, 1, ...)
+
+    def margins(above, points):                                                  # (P, B, K, ...)
+        logits = vmap(lambda p, z: functional_call(part, p, (z,)))(above, points.flatten(1, 2))
+        found = margins_of(logits.unflatten(1, points.shape[1:3]), y[:, None])
+        return found.diagonal(dim1=-2, dim2=-1)
+
+    fixed = {name: t.detach() for name, t in above.items()}
+    points = worst_points(lambda z: margins(fixed, z), l.detach(), u.detach(), classes)
+    low = margins(above, linked(points, l, u))
+    return low.detach() + expand * (low - low.detach())
+
+
+def last_part(net, relus):
+    """What is above all ReLUs but the last so many, as an nn.Sequential of the same layers."""
+    layers = [layer for _, layer in flat_layers(net)]
+    places = [i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
+    if relus >= len(places):
+        raise InputError(f"--split {relus}: with {len(places)} ReLUs in the network, it has to be "
+                         "less than that: taps and staps bound what is below")
+    return nn.Sequential(*layers[places[-1 - relus] + 1:])
+
+
+def worst_points(margins, l, u, classes, steps=8):
+    """Points (P, B, K, ...) of boxes (P, B, 1, ...), the k-th with the least of margins(points),
+    (P, B, K), that PGD met from the centre on (the authors' start at random points)."""
+    z = ((l + u) / 2).expand(-1, -1, classes, *l.shape[3:])
+    best, least = z, z.new_full(z.shape[:3], torch.inf)
+    for step in range(steps + 1):
+        z = z.clamp(l, u).detach().requires_grad_()
+        with torch.enable_grad():
+            found = margins(z)
+        better = found.detach() < least
+        least = torch.where(better, found.detach(), least)
+        best = torch.where(better.view(*better.shape, *[1] * (z.dim() - 3)), z.detach(), best)
+        if step < steps:
+            slopes = torch.autograd.grad(found.sum(), z)[0]
+            z = z - max(0.2, 2 / steps) * (u - l) * slopes.sign()
+    return best
+
+
+def linked(points, l, u, c=0.5):
+    """points in [l, u], which from here on move with the ends that they are near (the rectified
+    linear connector): d point / d u = relu(1 - (u - point) / (c (u - l))), and likewise d l."""
+    slack = c * (u - l).detach()
+
+    def motion(end):
+        share = F.relu(1 - (points - end.detach()).abs() / slack)
+        return torch.where(slack > 1e-5, share, 0.5) * (end - end.detach())
+    return points + motion(l)
 
 
 def regularizers(bounds, radius, total=lambda t: t):
@@ -317,7 +389,8 @@ def small_box(x, points, eps, lam):
 
 def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa=0.0, l1=0.0,
                 regularize=0.0, skip_stable=False, beta=1.0, alpha=SETTINGS["alpha"].default,
-                lam=SETTINGS["lam"].default, slope_steps=SETTINGS["slope_steps"].default,
+                lam=SETTINGS["lam"].default, split=SETTINGS["split"].default,
+                expand=SETTINGS["expand"].default, slope_steps=SETTINGS["slope_steps"].default,
                 certified=None, weight=1.0, total=lambda t: t):
     """The loss of a minibatch as a function (P, D) -> (P,) of parameter vectors, for gls.py.
 
@@ -331,9 +404,9 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     center, radius = x, eps
     if relax in ATTACKING:
         points = attack(net, x, y, eps, steps=8, restarts=1)
-    if relax == "sabr":
+    if relax in ("sabr", "staps"):
         center, radius = small_box(x, points, eps, lam)
-    outputs = "box" if relax in ATTACKING else relax
+    outputs = "box" if relax in BASELINES else relax
     neurons = "deeppoly" if relax == "alpha-crown" else outputs
 
     def losses(thetas):
@@ -350,8 +423,11 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
             certified.append(weight * is_certified.float().mean())
         if loss == "certified-error":
             value = 1 - is_certified.to(m.dtype)
+        elif relax in ("taps", "staps"):
+            a = latent_margins(net, params, bounds, y, m.shape[-1], split, expand)
+            value = BASELINES[relax](m, a, alpha)
         elif relax in ATTACKING:
-            value = ATTACKING[relax](m, margins_of(logits(points), y), alpha)
+            value = BASELINES[relax](m, margins_of(logits(points), y), alpha)
         else:
             value = cross_entropy(m)
         value = weight * (1 - kappa) * value.mean(-1)
@@ -513,10 +589,12 @@ def losses_of_step(net, x, y, eps, config, certified=None):
     """robust_loss of each part of a minibatch (of all, if its images are fewer), whose average is
     its loss, by the settings in config; what depends on the ramp goes by eps / eps_train."""
     full = eps / config["eps_train"] if config["eps_train"] else 1.0
-    options = {k: config[k] for k in ("relax", "loss", "kappa", "l1", "skip_stable", "alpha", "lam",
-                                      "slope_steps")}
+    options = {k: config[k] for k in ("loss", "kappa", "l1", "skip_stable", "alpha", "lam", "split",
+                                      "expand", "slope_steps")}
     options |= dict(regularize=config["regularize"] * (1 - full), certified=certified,
-                    beta=1 + (config["beta"] - 1) * full)
+                    beta=1 + (config["beta"] - 1) * full, relax=config["relax"])
+    if full < 1 - 1e-9:                                  # in the ramp, as the authors' code does it
+        options["relax"] = dict(taps="box", staps="sabr").get(config["relax"], config["relax"])
     parts = parts_of(x, y, config.get("parts", 1), shared=not samples_are_shared(config))
     return [robust_loss(net, *images, eps, **options, **count) for *images, count in parts]
 

@@ -221,8 +221,8 @@ LOG = {  # the columns of log.csv, one line per epoch; averages are over its bat
     "sigma": "standard deviation of the weight noise (its mean, if per parameter); 0 for grad",
     "loss": "average robust loss, regularisers included (at the perturbed weights, if smoothed)",
     "certified": "fraction of training images certified at that eps by the training relaxation "
-                 "(at the perturbed weights, if smoothed; for sabr in its small box only, which is "
-                 "no certificate)",
+                 "(at the perturbed weights, if smoothed; for sabr and staps in a small box only, "
+                 "which is no certificate; for other baselines by box)",
     "gradient": "average norm of the gradient estimate, before clipping",
     "seconds": "of training so far, without the time between an interrupt and its --resume",
     "samples_per_s": "training images per second in this epoch",

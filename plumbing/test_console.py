@@ -62,7 +62,7 @@ def test_the_parser_gives_what_was_given_and_the_table_the_rest():
     assert (plain["samples"], plain["sigma"]) == (1, 0.0)
     assert train.parse_config(["--resume", "a/b", "--device", "cpu"]) == dict(
         resume=Path("a/b"), device="cpu")
-    assert train.SETTINGS["relax"].limits == (*train.RELAXATIONS, *train.ATTACKING)
+    assert train.SETTINGS["relax"].limits == (*train.RELAXATIONS, *train.BASELINES)
 
 
 @pytest.mark.parametrize("args", [["--relax-", "box"], ["--eps-t", "0.1"], ["--ep", "3"]])
