@@ -1354,16 +1354,18 @@ def test_the_latent_attack_stays_in_its_box_and_solves_linear_problems():
     want = margin_lower_bounds(net, x, y, 0.05, "box", params, intermediate=bounds)
     torch.testing.assert_close(low, want)
     weights = torch.randn(low.shape, generator=torch.Generator().manual_seed(0), dtype=low.dtype)
-    for a, b in zip(*(torch.autograd.grad((m * weights).sum(), list(params.values()), retain_graph=True)
-                      for m in (low, want))):
+    slopes = lambda m: torch.autograd.grad((m * weights).sum(), list(params.values()),
+                                           retain_graph=True)
+    for a, b in zip(slopes(low), slopes(want)):
         torch.testing.assert_close(a, b)
-    l, u = (torch.rand(2, 3, 1, 4, 5) * t + 0 for t in (0.5, 0.5))
-    u, seen = l + u, []
+    l, u = torch.rand(2, 3, 1, 4, 5) / 2, 0.5 + torch.rand(2, 3, 1, 4, 5) / 2
     rows = torch.randn(4, 4, 5)
+    seen = []
     of = lambda z: (seen.append(z), ((z - 0.4) ** 2 * rows).sum((-1, -2)))[1]
     best = train.worst_points(of, l, u, 4)
     assert all(((z >= l) & (z <= u)).all() for z in seen) and best.shape == (2, 3, 4, 4, 5)
-    least = torch.stack([of(z) for z in seen]).amin(0)
+    least = torch.stack([of(z) for z in seen[:]]).amin(0)
+    assert len(seen) == 18
     assert torch.equal(of(best), least)
 
 

@@ -337,7 +337,7 @@ def linked(points, l, u, c=0.5):
     def motion(end):
         share = F.relu(1 - (points - end.detach()).abs() / slack)
         return torch.where(slack > 1e-5, share, 0.5) * (end - end.detach())
-    return points + motion(l)
+    return points + motion(l) + motion(u)
 
 
 def regularizers(bounds, radius, total=lambda t: t):
