@@ -23,16 +23,19 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import gls
-from plumbing.console import (InputError, Progress, Setting, count, defaults, header, not_negative,
-                              parser_of, pick_device, positive, positive_unit, refuse_others, run,
-                              show_training, table, unit)
+from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
+                              not_negative, parser_of, pick_device, positive, positive_unit,
+                              refuse_others, run, show_training, table, unit, with_defaults)
 from plumbing.data import (CIFAR_STATISTICS, augment, by_data, dataset_kind, dataset_name,
                            hold_out, load_dataset)
+from plumbing.networks import (NETWORKS, build_network, from_config, ibp_init, is_file, net_name,
+                               new_network, update_batchnorm)
 from plumbing.processes import average, members_of_each, parts_of, process_group, ranks, summed
 from plumbing.rounding import ball, check_finite, first_not_finite, in_float64
-from plumbing.runs import (at_start, check_same_images, circumstances, locked, new_folder,
+from plumbing.runs import (at_start, check_same_images, circumstances, lengthen, locked, new_folder,
                            read_checkpoint, recording, restored, run_folder)
-from relaxations import RELAXATIONS, flat_layers, margin_lower_bounds, preactivation_bounds
+from relaxations import (AFFINE, RELAXATIONS, RESHAPE, flat_layers, margin_lower_bounds,
+                         preactivation_bounds, read_network)
 
 # --------------------------------------------------------------------------------------- settings
 # Default, limits, meaning and source of each; the command line and its help are made from this.
@@ -40,15 +43,7 @@ from relaxations import RELAXATIONS, flat_layers, margin_lower_bounds, preactiva
 # for MNIST (your own data start there) and CIFAR-10; here = from a few runs on digits, not tuned.
 
 ATTACKING = "sabr", "mtl-ibp", "cc-ibp", "exp-ibp", "staps"      # baselines that see an attack
-NETWORKS = {  # conv: channels, kernel, stride, padding; then (BatchNorm and) ReLU. Those of CTBench
-    # (eth-sri/CTBench, networks.py), but for a BatchNorm after cnn7's hidden linear layer
-    "mlp": "flatten, linear 100, linear 100",
-    "small": "conv 4 5 2 2, conv 8 4 2 1, flatten",
-    "cnn3": "conv 16 5 2 2, conv 32 4 2 1, flatten",
-    "cnn5": "conv 16 3 1 1, conv 16 4 2 1, conv 32 4 2 1, flatten, linear 512",
-    "cnn7": "conv+bn 64 3 1 1, conv+bn 64 3 1 1, conv+bn 128 3 2 1, conv+bn 128 3 1 1, "
-            "conv+bn 128 3 1 1, flatten, linear 512",
-}
+LAYERS = nn.ReLU, *AFFINE, *RESHAPE         # what a network of your own may be made of
 
 SETTINGS = {
     "dataset": Setting("digits", dataset_name, "digits, mnist, cifar10, or PATH.npz"),
@@ -56,7 +51,8 @@ SETTINGS = {
                      "the bound in the loss, or a baseline that is none"),
     "opt": Setting("rgs", ("grad", "rgs", "pgpe"),
                    "the gradient: plain, or of the smoothed loss, of first or of zeroth order"),
-    "net": Setting("cnn3", tuple(NETWORKS), "the network"),
+    "net": Setting("cnn3", net_name, f"the network: {', '.join(NETWORKS)}, or what "
+                   "FILE.py:FUNCTION returns for (input shape, classes); see docs/networks.md"),
     "eps": Setting(by_data(0.1, 0.1, Fraction(2, 255), 0.1), unit,
                    "radius to certify, in pixels of [0, 1]"),
     "eps_train": Setting(None, unit, "radius to train at; default: that of --eps"),
@@ -105,8 +101,8 @@ SETTINGS = {
                           "weight of the regularisers of Shi et al., falling to 0 over the ramp",
                           "Shi"),
     "clip": Setting(10.0, positive, "the largest norm of a gradient", "Shi"),
-    "init": Setting("ibp", ("ibp", "default"),
-                    "initial weights: small, so that no interval explodes, or PyTorch's", "Shi"),
+    "init": Setting("ibp", ("ibp", "default"), "initial weights: small, so that no interval "
+                    "explodes, or PyTorch's; a network of your own keeps its weights", "Shi"),
     "skip_stable": Setting(True, bool, "deeppoly: back-substitute unstable neurons only",
                            "here: faster, and certifies as much (benchmarks/)"),
     "seed": Setting(0, count(0), "of the initial weights, the batches and the noise"),
@@ -117,7 +113,8 @@ SETTINGS = {
     "test_subset": Setting(None, count(1), "test on the first N test images; default: all"),
     "out": Setting(None, str, "the run folder; default: runs/DATASET-NET-RELAX-OPT"),
     "resume": Setting(None, run_folder, "go on with the run in this folder, from its last "
-                      "checkpoint; of other options only --data-dir and --device may be given"),
+                      "checkpoint, or for more --epochs; of other options only --data-dir and "
+                      "--device may be given"),
 }
 
 
@@ -128,112 +125,18 @@ def parse_config(argv=None):
                        "Gaussian loss smoothing.")
     given = vars(parser.parse_args(argv))
     if "resume" in given:
-        refuse_others(parser, given, "resume", "data_dir", "device")
+        refuse_others(parser, given, "resume", "data_dir", "device", "epochs")
         return given
-    chosen = {name: setting.default for name, setting in SETTINGS.items()} | given
-    recipe = defaults(SETTINGS, dataset_kind(chosen["dataset"]), chosen["opt"])
-    config = recipe | given
-    if "epochs" in given and "ramp" not in given:          # a shorter run keeps the recipe's shape
-        scale = given["epochs"] / recipe["epochs"]
-        config["ramp"] = round(recipe["ramp"] * scale)
-        if "milestones" not in given:
-            config["milestones"] = [max(1, round(m * scale)) for m in recipe["milestones"]]
-    if "eps_train" not in given:
-        config["eps_train"] = config["eps"]
-    if config["opt"] == "grad":
-        config |= dict(samples=1, sigma=0.0)
-    _check_together(config, parser.error)
-    del config["resume"]
+    return complete(given, parser.error)
+
+
+def complete(given, error=InputError.raised):
+    """All settings: those given, and the defaults of the rest, which depend on them."""
+    config = with_defaults(SETTINGS, given, dataset_kind(given.get("dataset", "digits")))
+    if "init" not in given and is_file(config["net"]):
+        config["init"] = "default"
+    check_together(config, RELAXATIONS, error)
     return config
-
-
-def _check_together(config, error):
-    """Settings that are right one by one, but not together."""
-    opt, relax, samples, parts = (config[k] for k in ("opt", "relax", "samples", "parts"))
-    paired = opt == "pgpe" or opt == "rgs" and config["antithetic"]
-    if paired and samples % 2:
-        error(f"argument --samples: {samples} is odd, but {opt} uses antithetic pairs; use "
-              f"{samples + 1}" + ", or --no-antithetic" * (opt == "rgs"))
-    if samples % (2 * parts if opt == "pgpe" else parts):
-        error(f"argument --parts: {opt} cannot use {parts} parts equally often with {samples} "
-              "samples" + ", which are pairs" * (opt == "pgpe"))
-    if config["loss"] == "certified-error" and opt != "pgpe":
-        error("argument --loss: the gradient of certified-error is 0; use --opt pgpe")
-    if config["loss"] == "certified-error" and relax not in RELAXATIONS:
-        error(f"argument --loss: {relax} has no certified-error; use a --relax of "
-              + ", ".join(RELAXATIONS))
-    if config["sigma_adapt"] != "fixed" and opt != "pgpe":
-        error("argument --sigma-adapt: only --opt pgpe estimates a gradient of sigma, not "
-              f"--opt {opt}; use fixed")
-
-
-# --------------------------------------------------------------------------------------- networks
-
-def build_network(name, input_shape, num_classes, init="ibp", statistics=None):
-    """An eval-mode nn.Sequential: pixels in [0, 1], (B, *input_shape) -> logits (B, num_classes).
-
-    statistics: (mean, std) per channel of the pixels, for a first layer that normalises.
-    init: "ibp", W ~ N(0, 2 pi / fan_in^2) for every affine layer but the last (Shi et al. 2021), or
-    "default", PyTorch's own; biases are PyTorch's. Uses torch's global generator.
-    """
-    for what, value in (("net", name), ("init", init)):
-        if value not in SETTINGS[what].limits:
-            raise InputError(f"{what} {value!r} is none of {', '.join(SETTINGS[what].limits)}")
-    shape, layers = list(input_shape), []
-    if statistics is not None:
-        normalize = nn.BatchNorm2d(shape[0], eps=0.0, affine=False)
-        mean, std = map(torch.tensor, statistics)
-        normalize.running_mean.copy_(mean)
-        normalize.running_var.copy_(std.square())
-        layers.append(normalize)
-    for words in NETWORKS[name].split(", "):
-        kind, *sizes = words.split()
-        sizes = [int(size) for size in sizes]
-        if kind == "flatten":
-            layers.append(nn.Flatten())
-            shape = [math.prod(shape)]
-        elif kind == "linear":
-            layers += [nn.Linear(*shape, *sizes), nn.ReLU()]
-            shape = sizes
-        else:
-            out, kernel, stride, padding = sizes
-            layers.append(nn.Conv2d(shape[0], *sizes))
-            layers += [nn.BatchNorm2d(out), nn.ReLU()] if kind == "conv+bn" else [nn.ReLU()]
-            shape = [out, *((n + 2 * padding - kernel) // stride + 1 for n in shape[1:])]
-            if min(shape) < 1:
-                raise InputError(f"net {name} needs larger images than {tuple(input_shape)}; "
-                                 "try mlp")
-    layers.append(nn.Linear(*shape, num_classes))
-    if init == "ibp":
-        affine = [layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))]
-        for layer in affine[:-1]:
-            fan_in = layer.weight[0].numel()
-            nn.init.normal_(layer.weight, std=math.sqrt(2 * math.pi) / fan_in)
-    return nn.Sequential(*layers).eval()
-
-
-def unflatten(thetas, net):
-    """Parameter vectors (P, D) -> {name: (P, ...)}, in the order of net.parameters(). Views."""
-    params, start = {}, 0
-    for name, p in net.named_parameters():
-        params[name] = thetas[:, start:start + p.numel()].view(-1, *p.shape)
-        start += p.numel()
-    return params
-
-
-def update_batchnorm(net, x):
-    """Let BatchNorm see x: its running statistics move, as in any training.
-
-    Bounds always use the running statistics, as constants: no gradient flows through them, and all
-    members of a population share them. (Shi et al. bound with the statistics of the batch.)
-    """
-    norms = [m for m in net if isinstance(m, nn.BatchNorm2d) and m.affine]
-    if norms:
-        for m in norms:
-            m.train()
-        with torch.no_grad():
-            net(x)
-        net.eval()
 
 
 # -------------------------------------------------------------------------------- the robust loss
@@ -245,6 +148,15 @@ def update_batchnorm(net, x):
 #   alpha-crown        the margins by slope_steps steps of ascent, between DeepPoly's bounds of the
 #                      neurons; a gradient holds the slopes found fixed
 #   BASELINES          see each; they are no upper bounds of the worst case
+
+def unflatten(thetas, net):
+    """Parameter vectors (P, D) -> {name: (P, ...)}, in the order of net.parameters(). Views."""
+    params, start = {}, 0
+    for name, p in net.named_parameters():
+        params[name] = thetas[:, start:start + p.numel()].view(-1, *p.shape)
+        start += p.numel()
+    return params
+
 
 def cross_entropy(margins):
     """Of logits that are less than that of the label by margins (..., K): log sum_k exp(-m_k)."""
@@ -373,8 +285,9 @@ def regularizers(bounds, radius, total=lambda t: t):
 def input_radius(net, x, eps, total=lambda t: t):
     """Mean radius of the input boxes, in units of what the first layer that learns sees."""
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    if isinstance(net[0], nn.BatchNorm2d):                                          # normalisation
-        low, high = net[0](low), net[0](high)
+    _, first = next(flat_layers(net))
+    if isinstance(first, nn.BatchNorm2d):                                           # normalisation
+        low, high = first(low), first(high)
     widths = (high - low).abs().flatten(1).mean(1)
     images = torch.ones_like(widths)
     width, n = total(torch.stack([widths.sum(), images.sum()]))
@@ -664,6 +577,25 @@ def train(net, x, y, config, device, folder, show=print, training=None):
     return now["rows"]
 
 
+def fit(net, x, y, device="auto", show=None, **settings):
+    """Train a network of your own, in place, from its weights on; returns the rows of log.csv.
+
+    net: an nn.Sequential of LAYERS.  x: (n, ...) float32 in [0, 1]; y: (n,) labels.  settings: any
+    of SETTINGS that is about training, such as eps=0.1, relax="box", opt="grad", epochs=20; the
+    others are those of --dataset PATH.npz.  show(line) is called once a step.
+    Writes nothing, sets no signal handler, and runs in any thread. Raises ValueError.
+    """
+    config = complete(checked(SETTINGS, settings, "dataset net data_dir subset validation "
+                              "test_subset out resume".split()) | dict(dataset="own.npz"))
+    device, net = pick_device(device), net.eval()
+    logits, = read_network(net, x.shape[1:]).shapes[-1]
+    config |= dict(input_shape=list(x.shape[1:]), classes=logits, device=str(device), augment=False)
+    if settings.get("init") == "ibp":
+        ibp_init(net)
+    config["members"] = members_of_each(net, config)
+    return train(net.to(device), x, y, config, device, None, show or Progress())
+
+
 # ------------------------------------------------------------------------------------------- main
 
 def load_run(folder):
@@ -672,8 +604,7 @@ def load_run(folder):
 
 
 def network_of(config):
-    architecture = (config[k] for k in ("net", "input_shape", "classes", "init", "statistics"))
-    return build_network(*architecture)
+    return from_config(config, LAYERS)
 
 
 def new_run(config, data, device):
@@ -682,7 +613,9 @@ def new_run(config, data, device):
     config = config | circumstances(data, config, device)
     config |= dict(augment=cifar, statistics=CIFAR_STATISTICS if cifar else None)
     torch.manual_seed(config["seed"])
-    net = network_of(config)
+    net = new_network(config, LAYERS, read_network)
+    if "taps" in config["relax"]:
+        last_part(net, config["split"])                                  # or one line says why not
     config["members"] = members_of_each(net, config)
     return net, config
 
@@ -694,7 +627,8 @@ def main(argv=None):
         if resumed:
             stack.enter_context(locked(resumed))
             net, saved, training = load_run(resumed)
-            config = saved | dict(out=str(resumed)) | config       # --data-dir, --device may differ
+            since = with_defaults(SETTINGS, saved, dataset_kind(saved["dataset"]))
+            config = since | dict(out=str(resumed)) | config           # what may be given again
         device = pick_device(config["device"].split(":")[0])
         stack.enter_context(process_group(device))
         data = hold_out(load_dataset(config["dataset"], config["data_dir"]), config["validation"])
@@ -703,6 +637,7 @@ def main(argv=None):
             stack.enter_context(new_folder(config, net))
         else:
             check_same_images(data, config)
+            lengthen(resumed, net, saved, config, training)
         train_and_show(net.to(device), config, training, data, device)
 
 
