@@ -77,10 +77,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, vjp, vmap
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from plumbing.precision import full_precision
+from plumbing.reading import (check_images, check_numbers, check_steps, checked_bounds, checked_eps,
+                              checked_labels, read_layers)
 
 # A bound computed with 10-bit mantissas is no bound; cuDNN would use them on convolutions.
 torch.backends.cudnn.allow_tf32 = False
@@ -246,14 +247,13 @@ def for_rows(box):
 # What users call, and what is accepted.
 
 # A class belongs in AFFINE if it is affine in its input and, where it has no weight, has no
-# negative coefficients: whoever adds one vouches for both, or refuses settings in check_layer.
-# RESHAPE changes nothing but shapes.
+# negative coefficients: whoever adds one vouches for both, or refuses settings in check_layer of
+# plumbing/reading.py. RESHAPE changes nothing but shapes. A subclass that defines nothing but a
+# constructor counts as its base.
 AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.BatchNorm1d,
           nn.BatchNorm2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-          nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d)
+          nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d)
 RESHAPE = nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d
-RUNNING = "forward", "__iter__", "__call__", "_call_impl"       # what a network runs by
-TENSORS = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 
 
 class Network(NamedTuple):
@@ -268,147 +268,15 @@ def read_network(net, in_shape, params=None):
 
     Raises ValueError, naming the layer, for what cannot be bounded.
     """
-    on_all = nn.modules.module
-    hooks = [*on_all._global_forward_hooks.values(), *on_all._global_forward_pre_hooks.values()]
-    changing = [h for h in hooks if not h.__module__.startswith("torch.")]    # torch's only count
-    if changing or not is_sequential(net):
-        raise ValueError(f"net ({type(net).__name__}) has to be a plain torch.nn.Sequential, and "
-                         "there may be no hooks on it or on all modules")
-    P, stacked = stack_tensors(net, params or {})
-    stages, shapes, shape = [[]], [], tuple(in_shape)
-    for name, module in flat_layers(net):
-        if is_a(module, nn.ReLU):
+    P, entries, logits = read_layers(net, tuple(in_shape), params or {}, AFFINE, RESHAPE)
+    stages, shapes = [[]], []
+    for module, tensors, before, after in entries:
+        if module is None:                                                                # a ReLU
             stages.append([])
-            shapes.append(shape)
-            continue
-        where = f"layer {name} ({type(module).__name__})"
-        check_layer(module, where)
-        after = shape_after(module, shape, where)
-        if not is_a(module, *RESHAPE):
-            own = {n: getattr(module, n, None) for n in TENSORS}
-            tensors = {n: stacked(t) for n, t in own.items() if t is not None}
-            stages[-1].append(Layer(plain(module, own), tensors, shape, after, P))
-        shape = after
-    if len(shape) != 1 or not any(stages):
-        raise ValueError(f"the network ends in the shape {shape}, not in logits; "
-                         "is nn.Flatten() or a layer missing?")
-    return Network(stages, [*shapes, shape], P)
-
-
-def stack_tensors(net, params):
-    """P, and a function from a tensor of net to what params has in its place, or else to P times
-    itself. A tensor with several names (tied weights) is the same under all of them."""
-    own = dict(net.named_parameters(remove_duplicate=False))
-    own |= dict(net.named_buffers(remove_duplicate=False))
-    computed_from = {id(t) for name, t in own.items() if "parametrizations." in name}
-    own = {name: t for name, t in own.items() if id(t) not in computed_from}
-    unknown = sorted(params.keys() - own.keys())
-    sizes = {tuple(t.shape[:1]) for t in params.values()}
-    if unknown or len(sizes) > 1 or (0,) in sizes or () in sizes:
-        raise ValueError("params has to map names such as '0.weight' to tensors with one leading P "
-                         f">= 1; got the sizes {sorted(sizes)}, unknown {unknown}")
-    for name, t in params.items():
-        if t.shape[1:] != own[name].shape:
-            raise ValueError(f"params[{name!r}] is {tuple(t.shape)}, but the layer's is "
-                             f"{tuple(own[name].shape)}")
-    given = {id(own[name]): t for name, t in params.items()}
-    if len(given) < len(params):
-        raise ValueError("params has one tensor of net under several names; give it under one")
-    P = sizes.pop()[0] if sizes else 1
-
-    def stacked(t):
-        return given[id(t)] if id(t) in given else t.expand(P, *t.shape)
-
-    return P, stacked
-
-
-def flat_layers(net, prefix=""):
-    """(name, layer) of all layers, by their names in net.state_dict()."""
-    for name, module in net._modules.items():
-        if is_sequential(module):
-            yield from flat_layers(module, f"{prefix}{name}.")
+            shapes.append(before)
         else:
-            yield prefix + name, module
-
-
-def is_a(module, *kinds):
-    """Is it exactly one of these kinds, and computes what they compute?"""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    if hooks or any(callable(value) for value in vars(module).values()):
-        return False
-    return parametrize.type_before_parametrizations(module) in kinds
-
-
-def is_sequential(net):
-    """Is it an nn.Sequential, or a subclass that only builds one?"""
-    kind = type(net)
-    same = issubclass(kind, nn.Sequential) and all(
-        getattr(kind, name) is getattr(nn.Sequential, name) for name in RUNNING)
-    return same and is_a(net, kind)
-
-
-def check_layer(module, where):
-    if not is_a(module, *AFFINE, *RESHAPE):
-        names = ", ".join(kind.__name__ for kind in (*AFFINE, *RESHAPE))
-        known = parametrize.type_before_parametrizations(module) in (nn.ReLU, *AFFINE, *RESHAPE)
-        raise ValueError(f"{where} " + "may compute something else than its class, and " * known
-                         + f"is not supported; supported are ReLU, {names}, in an nn.Sequential, "
-                         "without hooks and with the methods of their class")
-    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and (
-            module.training or module.running_mean is None):
-        raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "
-                         "track_running_stats=True), so that it is a fixed affine map")
-    changing = any(m.training and (isinstance(m, nn.modules.dropout._DropoutNd)
-                                   or list(m.buffers(recurse=False))) for m in module.modules())
-    computed = getattr(module, "parametrizations", ())
-    if changing or not all(torch.equal(getattr(module, n), getattr(module, n)) for n in computed):
-        raise ValueError(f"{where} is another function at each call; call net.eval()")
-    divisor = getattr(module, "divisor_override", None)
-    if getattr(module, "mode", "") == "bicubic" or divisor is not None and divisor < 0:
-        raise ValueError(f"{where} has negative coefficients and no weight, which is not supported")
-
-
-def plain(module, tensors):
-    """A module of the same settings that holds these tensors, computed (weight_norm) or not. The
-    heart sets other tensors in it, for which the network, used by other threads, is no place."""
-    kind = parametrize.type_before_parametrizations(module)
-    copy = kind.__new__(kind)
-    nn.Module.__init__(copy)
-    settings = vars(module).keys() - vars(copy).keys() - {*TENSORS}
-    vars(copy).update((name, vars(module)[name]) for name in settings)
-    copy._parameters.update(tensors)
-    return copy.eval()
-
-
-def shape_after(module, shape, where):
-    """What a layer makes of one input of that shape: by running it, or by arithmetic, where that
-    is not worth the time."""
-    if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
-        return (math.prod(shape),)
-    if type(module) is nn.Linear and shape == module.weight.shape[1:]:
-        return tuple(module.weight.shape[:1])
-    if type(module) is nn.Conv2d and len(shape) == 3 and module.padding_mode == "zeros" \
-            and shape[0] == module.in_channels and not isinstance(module.padding, str):
-        size = conv_size(module, shape[1:])
-        if min(size) > 0:
-            return (len(module.weight), *size)
-    like = next(iter(module.state_dict().values()), torch.zeros(()))
-    try:
-        with torch.no_grad():
-            after = [module(like.new_zeros(n, *shape)).shape for n in (2, 3)]
-    except (RuntimeError, ValueError, IndexError) as e:
-        hint = "; is nn.Flatten() missing?" if isinstance(module, nn.Linear) else ""
-        raise ValueError(f"{where} cannot read the shape {shape}{hint} "
-                         f"({str(e).splitlines()[0]})") from None
-    if [(n, *after[0][1:]) for n in (2, 3)] != [tuple(each) for each in after]:
-        raise ValueError(f"{where} mixes the images of a batch")
-    return tuple(after[0][1:])
-
-
-def conv_size(conv, size):
-    """The size of the map that a Conv2d makes of one of the given size."""
-    along = zip(size, conv.weight.shape[2:], conv.stride, conv.padding, conv.dilation)
-    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
+            stages[-1].append(Layer(module, tensors, before, after, P))
+    return Network(stages, [*shapes, logits], P)
 
 
 def prepare(net, x, eps, relax, params):
@@ -419,33 +287,15 @@ def prepare(net, x, eps, relax, params):
     if relax == "alpha-crown" and torch.is_inference_mode_enabled():
         raise ValueError("alpha-crown climbs along gradients, which torch.inference_mode() has "
                          "none of; torch.no_grad() will do")
+    check_images(x)
     network = read_network(net, x.shape[1:], params)
-    layers = sum(network.stages, [])
-    dtypes = {x.dtype, *(t.dtype for layer in layers for t in layer.tensors.values())}
-    dtypes -= {torch.int64}                                           # of num_batches_tracked
-    if len(dtypes) > 1 or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x and the parameters have to be all float32 or all float64, got "
-                         f"{sorted(map(str, dtypes))}")
-    if torch.is_autocast_enabled(x.device.type):
-        raise ValueError("bounds need full precision; leave torch.autocast before computing them")
-    if not len(x) or not ((x >= 0) & (x <= 1)).all():
-        raise ValueError("x is empty, or has values outside [0, 1] or NaN: pass pixels; "
-                         "normalisation is a layer of the network")
-    eps = check_eps(eps, x)
+    check_numbers(x, [layer.tensors for layers in network.stages for layer in layers])
+    eps = checked_eps(eps, x)
     box = Box(*(t.clamp(0, 1).flatten(1)[None] for t in (x - eps, x + eps)))
     first, *rest = network.stages
     while first and isinstance(first[0].module, (nn.BatchNorm1d, nn.BatchNorm2d)):
         box, first = Box(*first[0].interval(*box)), first[1:]
     return network._replace(stages=[first, *rest]), box
-
-
-def check_eps(eps, x):
-    eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
-    fits = all(n in (1, m) for n, m in zip(reversed(eps.shape), reversed(x.shape)))
-    if not fits or eps.dim() > x.dim() or not ((eps >= 0) & eps.isfinite()).all():
-        raise ValueError(f"eps={eps.tolist()} has to be a radius in pixels, 0 <= eps < infinity: a "
-                         "number, or a tensor that broadcasts with x")
-    return eps
 
 
 def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=adaptive,
@@ -499,11 +349,9 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     """
     network, box = prepare(net, x, eps, relax, params)
     ask, machine = options(relax, slope, skip_stable, steps, Budget(memory, x)), engine(network)
-    box, y = machine.inward(box, 0), check_labels(y, x, machine.K)
+    box, y = machine.inward(box, 0), checked_labels(y, x, machine.K)
     if intermediate is not None:
-        want = bound_shapes(network, x, params)
-        if [[t.shape for t in pair] for pair in intermediate] != [[s, s] for s in want]:
-            raise ValueError(f"intermediate has to hold a pair (l, u) of each of the shapes {want}")
+        intermediate = checked_bounds(intermediate, bound_shapes(network, x, params), x)
         flat = [[t.reshape(network.P, len(x), -1) for t in pair] for pair in intermediate]
         bounds = [machine.inward(pair, i) for i, pair in enumerate(flat, 1)]
     with full_precision(x):
@@ -514,15 +362,6 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
                                        memory=memory)
         low = torch.maximum(low, deeppoly)
     return low[0] if params is None else low
-
-
-def check_labels(y, x, K):
-    y = torch.as_tensor(y, device=x.device)
-    if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)}")
-    if not ((y >= 0) & (y < K)).all():
-        raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
-    return y.long()
 
 
 def bound_shapes(network, x, params):
@@ -542,6 +381,7 @@ class Options(NamedTuple):
 
 
 def options(relax, slope, skip_stable, steps, budget):
+    check_steps(steps)
     substitute, ascent = relax in ("deeppoly", "alpha-crown"), steps * (relax == "alpha-crown")
     return Options(relax, checked(slope), skip_stable, substitute, ascent, budget)
 

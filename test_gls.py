@@ -10,7 +10,6 @@ import json
 import math
 import re
 import sys
-from collections import OrderedDict
 from copy import deepcopy
 from fractions import Fraction
 from functools import partial
@@ -20,14 +19,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from torch.nn.utils import parametrize
 
 import certify
 import gls
 import relaxations
 import train
 from plumbing.data import Dataset
-from plumbing.for_tests import QUICK, QUICK_RUN, command, npz
+from plumbing.for_tests import (NETS, QUICK, QUICK_RUN, command, in_ball, make, npz, random_bn,
+                                true_margins)
 from plumbing.processes import members_at_once
 from plumbing.runs import LOG
 from relaxations import margin_lower_bounds, preactivation_bounds
@@ -49,68 +48,6 @@ RELAXATIONS = relaxations.RELAXATIONS[:3]     # alpha-crown, which is slow, has 
 
 # ---------------------------------------------------------------------------------- networks to try
 
-def random_bn(channels, kind=nn.BatchNorm2d):
-    bn = kind(channels)
-    bn.running_mean.uniform_(-0.5, 0.5)
-    bn.running_var.uniform_(0.3, 2.0)
-    nn.init.uniform_(bn.weight, -1.5, 1.5)
-    nn.init.uniform_(bn.bias, -0.5, 0.5)
-    return bn
-
-
-NETS = {
-    "mlp": lambda: ((6,), [
-        nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 4)]),
-    "windows": lambda: ((1, 9, 8), [                   # convolutions over convolutions, odd sizes
-        nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 3, (2, 3), stride=(1, 2)), nn.ReLU(),
-        nn.Conv2d(3, 2, 2, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)]),
-    "strides": lambda: ((2, 11, 9), [                  # strides that leave a rest, dilation, groups
-        nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.ReLU(),
-        nn.Conv2d(4, 4, 2, stride=2, dilation=(2, 1), padding=(1, 0), groups=4), nn.ReLU(),
-        nn.Conv2d(4, 3, 1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5), nn.ReLU(),
-        nn.LazyLinear(3)]),
-    "outgrown": lambda: ((1, 5, 5), [                  # kernels larger than the map
-        nn.Conv2d(1, 2, 5, padding=2), nn.ReLU(), nn.Conv2d(2, 2, 5, padding=2), nn.ReLU(),
-        nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)]),
-    "batchnorm": lambda: ((2, 6, 7), [                 # in every place; two affine layers in a row
-        random_bn(2), nn.Conv2d(2, 3, 3, padding=1), random_bn(3), nn.ReLU(), random_bn(3),
-        nn.Conv2d(3, 2, 3, padding=1), nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.LazyLinear(4), nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(3)]),
-    "others": lambda: ((1, 6, 6), [                    # nested, and all that only the heart reads
-        nn.Conv2d(1, 2, 3, padding=1), nn.AvgPool2d(2), nn.ReLU(),
-        nn.Sequential(nn.ConvTranspose2d(2, 2, 3, stride=2), nn.Identity(), nn.ReLU()),
-        nn.Upsample((5, 6), mode="bilinear"), nn.ZeroPad2d((1, 0, 0, 2)), nn.Dropout(),
-        nn.Conv2d(2, 2, 3, stride=2, padding=1, padding_mode="circular"), nn.ReLU(), nn.Flatten(),
-        nn.LazyLinear(5), random_bn(5, nn.BatchNorm1d), nn.ReLU(), nn.LazyLinear(3)]),
-    "signals": lambda: ((2, 7), [                      # one dimension
-        nn.Conv1d(2, 3, 3, padding="same"), random_bn(3, nn.BatchNorm1d), nn.ReLU(),
-        nn.AvgPool1d(2), nn.Unflatten(2, (3, 1)), nn.Flatten(2), nn.Conv1d(3, 2, 2), nn.ReLU(),
-        nn.Flatten(), nn.LazyLinear(3)]),
-    "relus": lambda: ((2, 4, 4), [                     # first, last, twice, after Flatten
-        nn.ReLU(), nn.Conv2d(2, 2, 2, padding="same", dilation=2), nn.Flatten(), nn.ReLU(),
-        nn.ReLU(), nn.LazyLinear(6), nn.ReLU(), nn.LazyLinear(3), nn.ReLU()]),
-}
-
-
-def make(name, seed=0, dtype=torch.float64, batch=3):
-    """A random network of the list above, images with pixels at both ends of [0, 1], and labels."""
-    torch.manual_seed(seed)
-    shape, layers = NETS[name]()
-    net = nn.Sequential(*layers).eval()
-    net(torch.zeros(1, *shape))                        # sets the sizes of lazy layers
-    net = net.to(dtype)
-    for p in net.parameters():
-        if p.dim() > 1:
-            p.data.mul_(1.5)
-    x = (1.4 * torch.rand(batch, *shape, dtype=dtype) - 0.2).clamp(0, 1)
-    return net, x, net(x).argmax(1)
-
-
-def true_margins(net, x, y):
-    logits = net(x)
-    return logits.gather(1, y[:, None]) - logits
-
-
 def relu_inputs(net, x):
     """The input of each ReLU, by running the network."""
     found = []
@@ -124,13 +61,6 @@ def relu_inputs(net, x):
 def flat(net):
     """Its layers, those of nested ones too."""
     return [layer for layer in net.modules() if not isinstance(layer, nn.Sequential)]
-
-
-def in_ball(x, eps, n, generator):
-    """n points of the ball around each x: half of them corners. (n, B, ...)"""
-    u = 2 * torch.rand(n, *x.shape, dtype=x.dtype, generator=generator) - 1
-    u[::2] = u[::2].sign()
-    return (x + eps * u).clamp(0, 1)
 
 
 def slow_bounds(net, x, y, eps, crown_ibp=False):
@@ -571,81 +501,6 @@ def test_skip_stable_only_replaces_bounds_of_unstable_neurons():
                                true_margins(net, x, y))
 
 
-def test_what_changes_the_function_behind_our_back_is_refused():
-    class Twice(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-    net, x, y = make("mlp")
-    hooked, subclass, tied = deepcopy(net), deepcopy(net), deepcopy(net)
-    hooked[1].register_forward_hook(lambda module, inputs, output: -output)
-    subclass[0] = Twice(6, 7)
-    tied[2], tied[4] = nn.Linear(7, 7), nn.Linear(7, 7)
-    tied[4] = tied[2]
-    tied.double()
-    margin_lower_bounds(tied, x, y, 0.1)
-    normed = deepcopy(net)
-    torch.nn.utils.parametrizations.weight_norm(normed[2])
-    torch.testing.assert_close(margin_lower_bounds(normed, x, y, 0.1),
-                               margin_lower_bounds(net, x, y, 0.1))
-    stack = lambda n: {k: torch.stack([p, p]) for k, p in n.named_parameters()}
-    replaced, inner = deepcopy(net), deepcopy(net)
-    replaced[2].forward = lambda h: -h
-    inner.forward = lambda h: -h
-    spectral = deepcopy(net).train()
-    torch.nn.utils.parametrizations.spectral_norm(spectral[2])
-    class Negative(nn.Sequential):
-        def _call_impl(self, *args):
-            return -super()._call_impl(*args)
-    class Noisy(nn.Module):
-        def forward(self, weight):
-            return weight * torch.rand_like(weight)
-    dropped, noisy, shared = deepcopy(net), deepcopy(net), deepcopy(tied)
-    parametrize.register_parametrization(dropped[2], "bias", nn.Dropout(1e-9))
-    parametrize.register_parametrization(noisy[2], "weight", Noisy())
-    shared[4] = parametrize.register_parametrization(deepcopy(tied[2]), "weight", nn.Softplus())
-    shared[2].weight = shared[4].parametrizations.weight.original
-    changing = "another function at each call"
-    for n, params, message in ((hooked, None, "without hooks"), (subclass, None, "layer 0 (Twice)"),
-                               (replaced, None, "layer 2 (Linear)"), (inner, None, "plain"),
-                               (spectral, None, changing), (normed, stack(normed), "unknown"),
-                               (Negative(*net), None, "plain"), (dropped.train(), None, changing),
-                               (noisy, None, changing),
-                               (shared, {"2.weight": torch.ones(1, 7, 7)}, "unknown")):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            margin_lower_bounds(n, x, y, 0.1, params=params)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="full precision"):
-        margin_lower_bounds(net, x, y, 0.1)
-    for register in (nn.modules.module.register_module_forward_hook,
-                     nn.modules.module.register_module_forward_pre_hook):
-        with register(lambda *args: None), pytest.raises(ValueError, match="on all modules"):
-            margin_lower_bounds(net, x, y, 0.1)
-    margin_lower_bounds(net, x, y, 0.1)
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_bounds_leave_the_network_as_it_was_even_for_another_thread(fast, monkeypatch):
-    """Not even for a moment do its layers hold other tensors, nor lose what computes theirs."""
-    net, x, y = make("batchnorm")
-    weight_norm = torch.nn.utils.parametrizations.weight_norm
-    weight_norm(weight_norm(net[1]), "bias", dim=None)
-    before = [(type(module), [*module.parameters()], [*vars(module)]) for module in net.modules()]
-    logits, rng = net(x), torch.get_rng_state()
-
-    def call(module, *args):
-        theirs = [id(m._parameters) for m in net.modules()]
-        assert module not in net.modules() and id(module._parameters) not in theirs
-        return torch.func.functional_call(module, *args)
-
-    monkeypatch.setattr(relaxations, "FAST", fast)
-    monkeypatch.setattr(relaxations, "functional_call", call)
-    for relax in RELAXATIONS:
-        margin_lower_bounds(net, x, y, 0.1, relax).sum().backward()
-    after = [(type(module), [*module.parameters()], [*vars(module)]) for module in net.modules()]
-    assert all(a is b for (_, old, _), (_, new, _) in zip(before, after) for a, b in zip(old, new))
-    assert [(kind, names) for kind, _, names in before] == [(k, names) for k, _, names in after]
-    assert torch.equal(net(x), logits) and torch.equal(torch.get_rng_state(), rng)
-
-
 def test_settings_that_nobody_uses_are_bounded_or_refused(monkeypatch):
     """A variance below zero, weights of another size than the layer says, a single logit."""
     torch.manual_seed(0)
@@ -759,32 +614,6 @@ def test_subdomains_are_bounded_alike_by_both(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_names_of_params_are_those_of_the_state_dict():
-    """Named and sliced networks; tied tensors follow each other, whichever name is given."""
-    net, x, y = make("mlp")
-    twice = {k: torch.stack([v, 1.1 * v]) for k, v in net.state_dict().items()}
-    expected = margin_lower_bounds(net, x, y, 0.1, params=twice)
-    titles = dict(zip(("0", "2", "4"), ("first", "second", "last")))
-    named = nn.Sequential(OrderedDict((titles.get(k, "relu" + k), m)
-                                      for k, m in net.named_children()))
-    renamed = {f"{titles[k[0]]}{k[1:]}": v for k, v in twice.items()}
-    assert torch.equal(margin_lower_bounds(named, x, y, 0.1, params=renamed), expected)
-    padded = nn.Sequential(nn.Flatten(), *net)
-    sliced = {f"{int(k[0]) + 1}{k[1:]}": v for k, v in twice.items()}
-    assert torch.equal(margin_lower_bounds(padded[1:], x, y, 0.1, params=sliced), expected)
-    tied = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
-    tied.double()[2].weight = tied[0].weight
-    for name in ("0.weight", "2.weight"):
-        params = {name: torch.stack([tied[0].weight.detach(), 2 * tied[0].weight.detach()])}
-        low = margin_lower_bounds(tied, x, y, 0.1, params=params)
-        double = deepcopy(tied)
-        double[0].weight.data *= 2                                     # and so that of layer 2
-        torch.testing.assert_close(low[1], margin_lower_bounds(double, x, y, 0.1))
-    with pytest.raises(ValueError, match="under several names"):
-        both = {name: params["2.weight"] for name in ("0.weight", "2.weight")}
-        margin_lower_bounds(tied, x, y, 0.1, params=both)
-
-
 def test_labels_of_any_integer_type_and_inference_mode():
     net, x, y = make("windows")
     expected = margin_lower_bounds(net, x, y, 0.1)
@@ -809,57 +638,6 @@ def test_a_network_with_nan_weights_is_never_certified():
                 for relax in RELAXATIONS:
                     low = margin_lower_bounds(net, x, y, 0.01, relax)
                     assert not (train.smallest(low, y) > 0).any()
-
-
-@pytest.mark.parametrize("layers, message", [
-    ([nn.Flatten(), nn.Sigmoid()], "layer 1 (Sigmoid) is not supported; supported are ReLU, Lin"),
-    ([nn.Sequential(nn.Flatten(), nn.Tanh())], "layer 0.1 (Tanh) is not supported"),
-    ([nn.Upsample(scale_factor=2, mode="bicubic")], "layer 0 (Upsample) has negative coefficients"),
-    ([nn.AvgPool2d(2, divisor_override=-3)], "layer 0 (AvgPool2d) has negative coefficients"),
-    ([nn.Dropout().train()], "layer 0 (Dropout) is another function at each call"),
-    ([nn.Conv2d(2, 2, 3)], "layer 0 (Conv2d) cannot read the shape (1, 4, 4)"),
-    ([nn.Conv2d(1, 2, 7)], "Kernel size can't be greater than actual input size"),
-    ([nn.Conv2d(1, 2, 3), nn.Linear(5, 3)], "is nn.Flatten() missing?"),
-    ([nn.Flatten(0)], "layer 0 (Flatten) mixes the images of a batch"),
-    ([nn.Conv2d(1, 2, 3)], "not in logits"),
-    ([nn.BatchNorm2d(1).train(), nn.Flatten(), nn.Linear(16, 3)],
-     "layer 0 (BatchNorm2d) uses batch statistics"),
-    ([nn.Flatten(2), nn.Linear(16, 3)], "the network ends in the shape (1, 3), not in logits"),
-])
-def test_networks_that_cannot_be_bounded(layers, message):
-    with pytest.raises(ValueError) as error:
-        margin_lower_bounds(nn.Sequential(*layers), torch.zeros(1, 1, 4, 4), torch.tensor([0]), 0.1)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize("change, message", [
-    (dict(relax="zonotope"), "relax='zonotope' is not one of box, crown-ibp, deeppoly"),
-    (dict(eps=-0.1), "eps=-0.1"), (dict(eps=math.nan), "eps=nan"),
-    (dict(x=torch.full((1, 6), 1.2)), "outside [0, 1]"),
-    (dict(x=torch.full((1, 6), math.nan)), "outside [0, 1]"),
-    (dict(x=torch.zeros(1, 6).double()), "all float32 or all float64"),
-    (dict(x=torch.zeros(1, 6).half()), "all float32"),
-    (dict(x=torch.zeros(0, 6), y=torch.zeros(0).long()), "x is empty"),
-    (dict(eps=torch.zeros(5, 1)), "broadcasts with x"),
-    (dict(y=torch.tensor([True])), "integer labels"),
-    (dict(intermediate=[]), "intermediate has to hold a pair"),
-    (dict(params={"0.weight": torch.zeros(2, 6, 7)}), "but the layer's is (7, 6)"),
-    (dict(slope=lambda l, u: -1 + 0 * l), "slope(l, u) has to be in [0, 1]"),
-    (dict(slope=lambda l, u: 1.01 + 0 * l), "slope(l, u) has to be in [0, 1]"),
-    (dict(params={"0.weight": torch.zeros(0, 7, 6)}), "one leading P >= 1"),
-    (dict(y=torch.tensor([4])), "labels outside 0..3"),
-    (dict(y=torch.tensor([0, 1])), "1 integer labels"),
-    (dict(params={"0.weights": torch.zeros(2, 7, 6)}), "unknown ['0.weights']"),
-    (dict(net=nn.Linear(6, 4)), "has to be a plain torch.nn.Sequential"),
-    (dict(memory=math.inf), "memory=inf has to be a number of bytes"),
-    (dict(memory=math.nan), "memory=nan has to be"), (dict(memory=-1), "memory=-1 has to be"),
-])
-def test_arguments_that_make_no_sense(change, message):
-    args = dict(net=make("mlp", dtype=torch.float32)[0], x=torch.zeros(1, 6),
-                y=torch.tensor([0]), eps=0.1) | change
-    with pytest.raises(ValueError) as error:
-        margin_lower_bounds(**args)
-    assert message in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------- gls
@@ -2486,4 +2264,4 @@ def test_one_step_runs_few_lines_of_the_heart(tmp_path, monkeypatch):
                    "--out", tmp_path / "run", *QUICK, "--ramp", 1) == 0
     assert len(steps) == 3 and {"relaxations.py", "train.py"} <= {name for name, _ in lines}
     count = len(lines)
-    assert count <= 325
+    assert count <= 336
