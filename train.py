@@ -31,11 +31,12 @@ from plumbing.data import (CIFAR_STATISTICS, augment, by_data, dataset_kind, dat
 from plumbing.networks import (NETWORKS, build_network, from_config, ibp_init, is_file, net_name,
                                new_network, update_batchnorm)
 from plumbing.processes import average, members_of_each, parts_of, process_group, ranks, summed
+from plumbing.reading import flat_layers
 from plumbing.rounding import ball, check_finite, first_not_finite, in_float64
 from plumbing.runs import (at_start, check_same_images, circumstances, lengthen, locked, new_folder,
                            read_checkpoint, recording, restored, run_folder)
-from relaxations import (AFFINE, RELAXATIONS, RESHAPE, flat_layers, margin_lower_bounds,
-                         preactivation_bounds, read_network)
+from relaxations import (AFFINE, RELAXATIONS, RESHAPE, margin_lower_bounds, preactivation_bounds,
+                         read_network)
 
 # --------------------------------------------------------------------------------------- settings
 # Default, limits, meaning and source of each; the command line and its help are made from this.

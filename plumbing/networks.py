@@ -196,15 +196,15 @@ def plain(layer, name):
 
 
 def from_description(layers, kinds, input_shape):
-    """The nn.Sequential of a description, in eval mode. Raises ValueError for anything else, and
-    for layers that make too much of an image."""
-    net = built(layers, {kind.__name__: kind for kind in kinds}).eval()
-    x = torch.zeros(2, *input_shape, device="meta")
-    for layer in net.modules():
-        if not isinstance(layer, nn.Sequential):
-            x = layer(x)
-        if x.numel() > LARGEST:
-            raise ValueError("a layer is too large")
+    """The nn.Sequential of a description, in eval mode, whose tensors take no memory yet ("meta").
+    Raises ValueError for anything else, and for layers that make too much of an image."""
+    with torch.device("meta"):
+        net = built(layers, {kind.__name__: kind for kind in kinds}).eval()
+        x = torch.zeros(2, *input_shape)
+        for layer in net.modules():
+            x = x if isinstance(layer, nn.Sequential) else layer(x)
+            if x.numel() > LARGEST:
+                raise ValueError("a layer is too large")
     return net
 
 
