@@ -1052,6 +1052,27 @@ def test_beta_goes_from_crown_ibp_to_box():
             nn.functional.cross_entropy(-beta * m - (1 - beta) * box, y).item())
 
 
+@pytest.mark.parametrize("relax", ["crown-ibp", "deeppoly"])
+def test_the_slope_reaches_the_loss_and_the_table(relax):
+    net, x, y = make("windows", dtype=torch.float64)
+    values, rules = [], dict(adaptive=relaxations.adaptive, zero=relaxations.zero,
+                             one=relaxations.one, parallel=relaxations.parallel)
+    assert train.SETTINGS["slope"].limits == tuple(rules)
+    for name, rule in rules.items():
+        config = train.parse_config(f"--relax {relax} --slope {name} --regularize 0".split())
+        loss, = train.losses_of_step(net, x, y, config["eps"], config | dict(skip_stable=False))
+        m = margin_lower_bounds(net, x, y, config["eps"], relax, slope=rule)
+        values.append(nn.functional.cross_entropy(-m, y).item())
+        theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()[None]
+        assert loss(theta).item() == pytest.approx(values[-1])
+        skip = dict(skip_stable=True) if relax == "deeppoly" else {}
+        m = margin_lower_bounds(net, x, y, 0.1, relax, slope=rule, **skip)
+        certified = train.evaluate(net, x, y, 0.1, slope=rule)[relax]
+        m[torch.arange(len(y)), y] = torch.inf
+        assert certified.tolist() == (m.amin(1) > 0).tolist()
+    assert len({round(v, 6) for v in values}) == 4
+
+
 def test_certified_error_counts_and_only_pgpe_follows_it():
     net, x, _ = make("mlp", dtype=torch.float64, batch=40)
     y = torch.arange(40) % 4

@@ -35,8 +35,8 @@ from plumbing.reading import flat_layers
 from plumbing.rounding import ball, check_finite, first_not_finite, in_float64
 from plumbing.runs import (at_start, check_same_images, circumstances, lengthen, locked, new_folder,
                            read_checkpoint, recording, restored, run_folder)
-from relaxations import (AFFINE, RELAXATIONS, RESHAPE, margin_lower_bounds, preactivation_bounds,
-                         read_network)
+from relaxations import (AFFINE, RELAXATIONS, RESHAPE, adaptive, margin_lower_bounds, one, parallel,
+                         preactivation_bounds, read_network, zero)
 
 # --------------------------------------------------------------------------------------- settings
 # Default, limits, meaning and source of each; the command line and its help are made from this.
@@ -44,6 +44,7 @@ from relaxations import (AFFINE, RELAXATIONS, RESHAPE, margin_lower_bounds, prea
 # for MNIST (your own data start there) and CIFAR-10; here = from a few runs on digits, not tuned.
 
 ATTACKING = "sabr", "mtl-ibp", "cc-ibp", "exp-ibp", "staps"      # baselines that see an attack
+SLOPES = dict(adaptive=adaptive, zero=zero, one=one, parallel=parallel)
 LAYERS = nn.ReLU, *AFFINE, *RESHAPE         # what a network of your own may be made of
 
 SETTINGS = {
@@ -104,6 +105,9 @@ SETTINGS = {
     "clip": Setting(10.0, positive, "the largest norm of a gradient", "Shi"),
     "init": Setting("ibp", ("ibp", "default"), "initial weights: small, so that no interval "
                     "explodes, or PyTorch's; a network of your own keeps its weights", "Shi"),
+    "slope": Setting("adaptive", tuple(SLOPES), "lower slope of an unstable ReLU, where bounds "
+                     "substitute: that of the smaller area; 0; 1; that of the upper line",
+                     "Singh et al. 2019"),
     "skip_stable": Setting(True, bool, "deeppoly: back-substitute unstable neurons only",
                            "here: faster, and certifies as much (benchmarks/)"),
     "seed": Setting(0, count(0), "of the initial weights, the batches and the noise"),
@@ -302,10 +306,11 @@ def small_box(x, points, eps, lam):
 
 
 def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa=0.0, l1=0.0,
-                regularize=0.0, skip_stable=False, beta=1.0, alpha=SETTINGS["alpha"].default,
-                lam=SETTINGS["lam"].default, split=SETTINGS["split"].default,
-                expand=SETTINGS["expand"].default, slope_steps=SETTINGS["slope_steps"].default,
-                certified=None, weight=1.0, total=lambda t: t):
+                regularize=0.0, skip_stable=False, slope="adaptive", beta=1.0,
+                alpha=SETTINGS["alpha"].default, lam=SETTINGS["lam"].default,
+                split=SETTINGS["split"].default, expand=SETTINGS["expand"].default,
+                slope_steps=SETTINGS["slope_steps"].default, certified=None, weight=1.0,
+                total=lambda t: t):
     """The loss of a minibatch as a function (P, D) -> (P,) of parameter vectors, for gls.py.
 
         (1 - kappa) E[CE(-m, y)] + kappa E[CE(logits, y)] + l1 |weights|_1 + regularize * (...)
@@ -321,12 +326,13 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     if relax in ("sabr", "staps"):
         center, radius = small_box(x, points, eps, lam)
     outputs = "box" if relax in BASELINES else relax
-    neurons = "deeppoly" if relax == "alpha-crown" else outputs
+    neurons, rule = "deeppoly" if relax == "alpha-crown" else outputs, dict(slope=SLOPES[slope])
 
     def losses(thetas):
         params = unflatten(thetas, net)
-        bounds = preactivation_bounds(net, center, radius, neurons, params, skip_stable=skip_stable)
-        margins = lambda relax: margin_lower_bounds(net, center, y, radius, relax, params,
+        bounds = preactivation_bounds(net, center, radius, neurons, params, **rule,
+                                      skip_stable=skip_stable)
+        margins = lambda relax: margin_lower_bounds(net, center, y, radius, relax, params, **rule,
                                                     intermediate=bounds, steps=slope_steps)
         logits = lambda x: vmap(lambda p: functional_call(net, p, (x,)))(params)    # (P, B, K)
         m = margins(outputs)                                                        # (P, B, K)
@@ -348,13 +354,17 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
         if kappa:
             value = value + weight * kappa * vmap(F.cross_entropy, (0, None))(logits(x), y)
         if l1:
-            weights = [w for w in params.values() if w.dim() > 2]                   # no biases
-            value = value + l1 * sum(w.abs().flatten(1).sum(1) for w in weights)
+            value = value + l1 * size_of_weights(params)
         if regularize and bounds:
             width = input_radius(net, center, radius, total)
             value = value + regularize * regularizers(bounds, width, total)
         return value
     return losses
+
+
+def size_of_weights(params):
+    """The sum of the absolute weights, without biases: (P,)."""
+    return sum(w.abs().flatten(1).sum(1) for w in params.values() if w.dim() > 2)
 
 
 # ------------------------------------------------------------------------- attack and evaluation
@@ -431,7 +441,7 @@ def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
     return best
 
 
-def evaluate(net, x, y, eps, batch=500, progress=lambda line: None):
+def evaluate(net, x, y, eps, batch=500, progress=lambda line: None, slope=adaptive):
     """Which samples are correct, survive the attack, and are certified: {name: (n,) bool}.
 
     "best" is certified by any of the three relaxations. Raises AssertionError if a certified
@@ -444,7 +454,8 @@ def evaluate(net, x, y, eps, batch=500, progress=lambda line: None):
     result["attack"] = result["natural"] & (torch.cat(attacked) > 0)
     for relax in CERTIFY:
         progress(f"bounding by {relax}")
-        result[relax] = certified_margin(net, x, y, eps, relax, **CERTIFY[relax]).cpu() > 0
+        bound = certified_margin(net, x, y, eps, relax, slope=slope, **CERTIFY[relax])
+        result[relax] = bound.cpu() > 0
     result["best"] = torch.stack([result[r] for r in CERTIFY]).any(0)
     wrong = (result["best"] & ~result["attack"]).nonzero().flatten().tolist()
     if wrong:
@@ -503,8 +514,8 @@ def losses_of_step(net, x, y, eps, config, certified=None):
     """robust_loss of each part of a minibatch (of all, if its images are fewer), whose average is
     its loss, by the settings in config; what depends on the ramp goes by eps / eps_train."""
     full = eps / config["eps_train"] if config["eps_train"] else 1.0
-    options = {k: config[k] for k in ("loss", "kappa", "l1", "skip_stable", "alpha", "lam", "split",
-                                      "expand", "slope_steps")}
+    options = {k: config[k] for k in ("loss", "kappa", "l1", "skip_stable", "slope", "alpha", "lam",
+                                      "split", "expand", "slope_steps")}
     options |= dict(regularize=config["regularize"] * (1 - full), certified=certified,
                     beta=1 + (config["beta"] - 1) * full, relax=config["relax"])
     if full < 1 - 1e-9:                                  # in the ramp, as the authors' code does it
@@ -516,7 +527,8 @@ def losses_of_step(net, x, y, eps, config, certified=None):
 def why_not_finite(net, x, eps, config, grad):
     relax = config["relax"] if config["relax"] in RELAXATIONS else "box"
     with torch.no_grad():
-        bounds = preactivation_bounds(net, x, eps, relax, skip_stable=config["skip_stable"])
+        bounds = preactivation_bounds(net, x, eps, relax, skip_stable=config["skip_stable"],
+                                      slope=SLOPES[config["slope"]])
     return first_not_finite(net, bounds, unflatten(grad[None], net))
 
 
@@ -654,7 +666,7 @@ def train_and_show(net, config, training, data, device):
         show_training(rows, config, show)
     n = config["test_subset"]
     x, y = data.x_test[:n].to(device), data.y_test[:n].to(device)
-    result = evaluate(net, x, y, config["eps"], progress=show)
+    result = evaluate(net, x, y, config["eps"], progress=show, slope=SLOPES[config["slope"]])
     show.done(f"{len(x)} test images, eps {config['eps']:.4g}:")
     print("\n".join(table(result)))
     print(f"to certify it sample by sample:  python certify.py {config['out']}")
