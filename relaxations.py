@@ -339,7 +339,8 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         arithmetic on the bounds of the layer before leaves unstable, and keep the tighter of both
         bounds. Faster, and usually at least as tight: with slope=zero always; but the adaptive
         slope may flip from 1 to 0, and then neurons and margins above it may be looser.
-    slope: the lower line of an unstable ReLU, (l, u) -> slope in [0, 1]; see adaptive.
+    slope: of the lower line of an unstable ReLU: a name of SLOPES, or a function (l, u) -> slope in
+        [0, 1]. "alpha-crown" starts from it.
     intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
     memory: a budget in bytes for the passes (None: MEMORY): how many rows go down at once, and how
         many passes are kept for backward. The least pass goes down whatever it takes, and
@@ -456,12 +457,22 @@ def one(l, u):
 
 
 def parallel(l, u):
-    """The slope of the upper line, u / (u - l) (Fast-Lin; the zonotope of DeepZ)."""
+    """That of the upper line, u / (u - l): the bounds are those of a zonotope (Fast-Lin, Weng et
+    al. 2018; DeepZ, Singh et al. 2018), the same in either direction."""
     return relax_relu(l, u).upper
 
 
+SLOPES = dict(adaptive=adaptive, zero=zero, one=one, parallel=parallel)
+
+
 def checked(slope):
-    """The rule; one that is not of this file raises ValueError where it leaves [0, 1]."""
+    """The rule of that name, or the function; one that is not of this file raises ValueError where
+    it leaves [0, 1]."""
+    if slope in [*SLOPES, *SLOPES.values()]:
+        return SLOPES.get(slope, slope)
+    if not callable(slope):
+        raise ValueError(f"slope={slope!r} is none of {', '.join(SLOPES)}, and no function (l, u)")
+
     def rule(l, u):
         slopes = slope(l, u)
         outside = (slopes < 0) | (slopes > 1)
@@ -469,7 +480,7 @@ def checked(slope):
             raise ValueError("slope(l, u) has to be in [0, 1]: other lines do not bound relu")
         return slopes
 
-    return slope if slope in (adaptive, zero, one, parallel) else rule
+    return rule
 
 
 def replaced(steps, **fields):
@@ -1278,42 +1289,56 @@ class QuickEngine(Engine):
         P, K, n, budget = self.P, self.K, len(y), ask.budget
         if K == 1:               # nothing to bound; and where there are no rows PyTorch may crash
             return box.lower.new_zeros(P, n, 1)
-        if ask.relax == "box" and K <= 32:
-            return self.margins_of_few_classes(box, y, bounds)
-        rows = self.rows(y, box)[None]                                           # (1, B, K-1, K)
-        bound = partial(best_slopes, ascent=ask.ascent, bound=quick_bound)
+        W, c = self.logits(box.lower)
+        if ask.relax == "box":
+            box, bounds = Box(*map(F.relu, bounds[-1])) if bounds else box, []
+            if K <= 32:
+                return self.box_of_few_classes(W, c, box, y)
+        stages = self.stages[:len(bounds)]
 
         def of_samples(b):
             some, *pairs = parts_of([box, *bounds], slice(b, b + samples))
-            part = rows[:, b:b + samples]
-            return margins(self.stages, part, pairs, some, ask.relax, ask.slope, bound)
+            lines = [relax_relu(*for_rows(pair), ask.slope) for pair in pairs]
+            way = [for_rows(some), *interleaved([*stages, []], lines)]
+            return best_slopes(*self.rows(W, c, y[b:b + samples]), way, ask.ascent, quick_bound)
 
-        stages = self.stages[-1:] if ask.relax == "box" else self.stages
-        fit, keeps = budget.fit(P * K, sizes_down(View((K,)), stages), held=2 + 3 / K)
+        sizes = sizes_down(View(W.shape[2:]), stages)
+        fit, keeps = budget.fit(P * K, sizes, held=2 + 3 / K)
         samples = min(n, fit)
         jobs = [(b,) for b in range(0, n, samples)]
         return self.filled_up(torch.cat(budget.run(of_samples, jobs, keeps * samples), 1), y)
 
-    def margins_of_few_classes(self, box, y, bounds):
-        """Margins of "box": the rows of all labels in one product, which serves all samples."""
+    def box_of_few_classes(self, W, c, box, y):
+        """The rows of all labels in one product, which serves all samples."""
         labels, which = y.unique(return_inverse=True)
-        A, d = self.rows(labels, box).flatten(0, 1)[None, None], 0
-        for op in reversed(self.stages[-1]):
-            A, d = op.back(A, d)
-        lower, upper = map(F.relu, bounds[-1]) if bounds else box
-        A = A.squeeze(1)                                                       # (P, R, N)
-        low = d + lower @ A.mT + (upper - lower) @ minus(A).mT                 # (P, B, R)
+        A, d = (t.flatten(1, 2) for t in self.rows(W, c, labels))              # (P, L*(K-1), N)
+        low = d[:, None] + box.lower @ A.mT + (box.upper - box.lower) @ minus(A).mT
         low = low.unflatten(2, (len(labels), -1))[:, torch.arange(len(y)), which]
         return self.filled_up(low, y)
+
+    def logits(self, like):
+        """The logits as functions of what the last stage reads: W (P, K, N) and c (P, K)."""
+        ops = self.stages[-1]
+        if ops and ops[-1].stride is None:                                     # no product with eye
+            *ops, last = ops
+            W, c = hwc(last.weight, last.in_shape), last.bias
+        else:
+            W = hwc(torch.eye(self.K), self.layouts[-1]).to(like).expand(self.P, -1, -1)
+            c = W.new_zeros(W.shape[:2])
+        for op in reversed(ops):
+            W, c = op.back(W, c)
+        return W, c
+
+    def rows(self, W, c, y):
+        """logit[y] - logit[k] for the other classes k: A (P, B, K-1, N) and d (P, B, K-1)."""
+        others = self.others(y)
+        A, d = (t.index_select(1, y).unsqueeze(2)
+                - t.index_select(1, others.flatten()).unflatten(1, others.shape) for t in (W, c))
+        return A, d
 
     def others(self, y):
         """The other classes of each label, (B, K-1)."""
         return (y[:, None] + torch.arange(1, self.K).to(y)) % self.K
-
-    def rows(self, y, like):
-        """logit[y] - logit[k] for the other classes k, (B, K-1, K)."""
-        eye = torch.eye(self.K).to(like.lower)
-        return hwc(eye[y][:, None] - eye[self.others(y)], self.layouts[-1])
 
     def filled_up(self, low, y):
         """(P, B, K-1) of the other classes -> (P, B, K), with 0 for the label itself."""
