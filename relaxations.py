@@ -179,12 +179,10 @@ class Box(NamedTuple):
         return None, d + (above * self.lower + below * self.upper).sum(-1)
 
 
-def lower_bound(A, d, steps, trace=None):
+def lower_bound(A, d, steps):
     """Sound lower bounds (P, B, R) of the rows a.z + d, where z is the output of steps[-1], and the
-    steps are a Box, then Layers and Lines.  trace: a list that collects the A above each step."""
+    steps are a Box, then Layers and Lines."""
     for step in reversed(steps):
-        if trace is not None:
-            trace.append(A)
         A, d = step.back(A, d)
     return d
 
@@ -496,11 +494,12 @@ def ascend(bound, free, limits, rates, steps, *, target=torch.inf, shield=nullco
     bound(free) -> (...); each tensor of free is (..., Q), Q numbers for each row. limits has its
     (lowest, highest), rates its first step size. The given choices are tried first, and each row
     keeps its best ones, so no row gets looser. Stops early when all bounds exceed target.
-    shield: a context for the bounds.
+    shield: a context for the bounds. No factor of the bounds matters: Adam's epsilon is tiny.
     """
     free = [t.detach().clone().requires_grad_() for t in free]
     optimizer = torch.optim.Adam([{"params": t, "lr": r} for t, r in zip(free, rates)],
-                                 maximize=True, fused=True)
+                                 eps=torch.finfo(free[0].dtype).tiny ** 0.5, maximize=True,
+                                 fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     best, chosen = -torch.inf, [t.detach().clone() for t in free]
     for step in range(steps + 1):
@@ -585,12 +584,21 @@ class Subdomains(NamedTuple):
     multipliers: torch.Tensor   # (B, N) s beta
 
 
+class Note(NamedTuple):
+    """A step that does nothing: it keeps the coefficients of what the step below it gives."""
+    kept: list
+
+    def back(self, A, d):
+        self.kept[:] = [A.detach()]
+        return A, d
+
+
 def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
     """Sound lower bounds (B,) of the functions on their subdomains; and the slopes and multipliers
     (B, N) that give them, the given ones or better by so many steps of ascent.
 
-    trace: with steps=0, a list to be filled with the coefficients (B, ...) of each ReLU's outputs,
-    bottom up, after those of the input.
+    trace: a list to be filled with the coefficients (B, ...) that the given slopes and multipliers
+    give the input and, from below upwards, the outputs of each ReLU.
     """
     machine = engine(network)
     stages, layouts, bound = machine.stages, machine.layouts, machine.bound
@@ -601,28 +609,36 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
 
     def chosen(choices):
         lower, multiplier = (by_relu(t) for t in choices)
-        chosen_way = replaced(way, lower=lower, multiplier=multiplier)
-        return bound(rows, 0, chosen_way, found)[0, :, 0]
+        return bound(rows, 0, replaced(way, lower=lower, multiplier=multiplier))[0, :, 0]
 
     box = Box(*(hwc(t[:, :, None], layouts[0]) for t in sub.box))
     rows = hwc(sub.rows, layouts[-1])[None, :, None]                         # (1, B, 1, K)
     whole = relax_relu(sub.l, sub.u)
     lines = [Lines(*parts) for parts in zip(*(by_relu(t) for t in whole[:3]))]
-    way, found = [box, *interleaved(stages, lines)], None if trace is None else []
+    way, notes = [], []
+    for step in [box, *interleaved(stages, lines)]:
+        if isinstance(step, (Box, Lines)):
+            notes.append(Note([]))
+        way += [step, notes[-1]] if isinstance(step, (Box, Lines)) else [step]
     unused = torch.zeros_like(sub.signs)
     limits = [(whole.upper.floor(), whole.upper.ceil()),
               (unused.masked_fill(sub.signs < 0, -torch.inf),
                unused.masked_fill(sub.signs > 0, torch.inf))]
     choices = [t.clamp(*limit) for t, limit in zip((sub.slopes, sub.multipliers), limits)]
     with full_precision(sub.l):
-        if steps and sub.sizes:
-            low, choices = ascend(chosen, choices, limits, RATES, steps, target=target)
-        else:
-            low = chosen(choices)
+        low = chosen(choices)
+        found = [note.kept[0][0, :, 0] for note in notes]                    # (B, N) of each
+        if steps and sub.sizes and not (low > target).all():
+            # The unit of beta: the largest coefficient that the row has of the same ReLU.
+            largest = [A.abs().amax(1, keepdim=True).expand_as(A) for A in found[1:]]
+            unit = torch.cat(largest, 1)
+            unit = unit.where(unit > 0, 1)
+            in_units = lambda free: chosen((free[0], free[1] * unit))
+            low, (slopes, betas) = ascend(in_units, (choices[0], choices[1] / unit), limits, RATES,
+                                          steps, target=target)
+            choices = slopes, betas * unit
     if trace is not None:
-        above = [A for A, step in zip(found, reversed(way)) if isinstance(step, Lines)]
-        trace += [chw(A[0, :, 0], layout)
-                  for A, layout in zip([found[-1], *reversed(above)], layouts)]
+        trace += [chw(A, layout) for A, layout in zip(found, layouts)]
     return low, *choices
 
 
@@ -1089,11 +1105,11 @@ def first_relu(W, c, view, lines, op):
 # The inner loops of everything. Their backward passes are written out: they go over the rows less
 # often than autograd's, and of all that is as large as A they keep only A.
 
-def quick_bound(A, d, steps, trace=None):
+def quick_bound(A, d, steps):
     """lower_bound."""
     quick = {Lines: QuickLines, Box: QuickBox}
     steps = [quick[type(step)](*step) if type(step) in quick else step for step in steps]
-    return lower_bound(A, d, steps, trace)
+    return lower_bound(A, d, steps)
 
 
 class QuickLines(Lines):

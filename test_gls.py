@@ -1895,6 +1895,45 @@ def test_beta_by_hand():
     assert -0.02 < bound(1, 0.0, steps=40) <= 0
 
 
+@pytest.mark.parametrize("factor", [1e-3, 2.0 ** -10, 2.0 ** 10, 1e3])
+@pytest.mark.parametrize("name", ["mlp", "windows"])
+def test_no_ascent_depends_on_the_unit_of_a_hidden_layer(name, factor):
+    """A hidden layer times a factor, the next one divided by it: the same network, and bounds."""
+    net, x, y = make(name)
+    net.requires_grad_(False)
+    scaled = deepcopy(net)
+    scaled[0].weight.mul_(factor)
+    scaled[0].bias.mul_(factor)
+    scaled[2].weight.div_(factor)
+    torch.testing.assert_close(net(x), scaled(x))
+    low, bounds = [], []
+    for n in (net, scaled):
+        found = preactivation_bounds(n, x, 0.1, "alpha-crown", steps=5)
+        low.append(margin_lower_bounds(n, x, y, 0.1, "alpha-crown", steps=5))
+        problem, node = random_subdomain(n, x[:1], y[:1], 0.2, cuts=3, seed=1)
+        sub = certify.subdomains(problem, [node])._replace(multipliers=torch.zeros_like(problem.l))
+        bounds.append([relaxations.subdomain_bounds(problem.network, sub, steps)[0].item()
+                       for steps in (0, 5, 20)])
+        found[0] = [t / (1 if n is net else factor) for t in found[0]]
+        low += found
+    half = len(low) // 2
+    for a, b in zip(low[:half], low[half:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-6)
+    assert bounds[0][0] < bounds[0][1] < bounds[0][2]
+
+
+@pytest.mark.parametrize("factor", [2.0 ** -40, 2.0 ** 40])
+def test_no_ascent_depends_on_the_unit_of_the_margins(factor):
+    net, x, y = make("mlp")
+    low = margin_lower_bounds(net, x, y, 0.3, "alpha-crown", steps=9)
+    assert not torch.equal(low, margin_lower_bounds(net, x, y, 0.3, "alpha-crown", steps=8))
+    net[-1].weight.data *= factor
+    net[-1].bias.data *= factor
+    again = margin_lower_bounds(net, x, y, 0.3, "alpha-crown", steps=9)
+    torch.testing.assert_close(again / factor, low, rtol=1e-9, atol=1e-12)
+
+
 def test_alpha_crown_is_never_looser_than_deeppoly_nor_branching_than_alpha_crown():
     tighter = 0
     for name in ("mlp", "windows", "batchnorm", "outgrown"):
