@@ -179,12 +179,10 @@ class Box(NamedTuple):
         return None, d + (above * self.lower + below * self.upper).sum(-1)
 
 
-def lower_bound(A, d, steps, trace=None):
+def lower_bound(A, d, steps):
     """Sound lower bounds (P, B, R) of the rows a.z + d, where z is the output of steps[-1], and the
-    steps are a Box, then Layers and Lines.  trace: a list that collects the A above each step."""
+    steps are a Box, then Layers and Lines."""
     for step in reversed(steps):
-        if trace is not None:
-            trace.append(A)
         A, d = step.back(A, d)
     return d
 
@@ -339,7 +337,8 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         arithmetic on the bounds of the layer before leaves unstable, and keep the tighter of both
         bounds. Faster, and usually at least as tight: with slope=zero always; but the adaptive
         slope may flip from 1 to 0, and then neurons and margins above it may be looser.
-    slope: the lower line of an unstable ReLU, (l, u) -> slope in [0, 1]; see adaptive.
+    slope: of the lower line of an unstable ReLU: a name of SLOPES, or a function (l, u) -> slope in
+        [0, 1]. "alpha-crown" starts from it.
     intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
     memory: a budget in bytes for the passes (None: MEMORY): how many rows go down at once, and how
         many passes are kept for backward. The least pass goes down whatever it takes, and
@@ -456,12 +455,22 @@ def one(l, u):
 
 
 def parallel(l, u):
-    """The slope of the upper line, u / (u - l) (Fast-Lin; the zonotope of DeepZ)."""
+    """That of the upper line, u / (u - l): the bounds are those of a zonotope (Fast-Lin, Weng et
+    al. 2018; DeepZ, Singh et al. 2018), the same in either direction."""
     return relax_relu(l, u).upper
 
 
+SLOPES = dict(adaptive=adaptive, zero=zero, one=one, parallel=parallel)
+
+
 def checked(slope):
-    """The rule; one that is not of this file raises ValueError where it leaves [0, 1]."""
+    """The rule of that name, or the function; one that is not of this file raises ValueError where
+    it leaves [0, 1]."""
+    if slope in [*SLOPES, *SLOPES.values()]:
+        return SLOPES.get(slope, slope)
+    if not callable(slope):
+        raise ValueError(f"slope={slope!r} is none of {', '.join(SLOPES)}, and no function (l, u)")
+
     def rule(l, u):
         slopes = slope(l, u)
         outside = (slopes < 0) | (slopes > 1)
@@ -469,7 +478,7 @@ def checked(slope):
             raise ValueError("slope(l, u) has to be in [0, 1]: other lines do not bound relu")
         return slopes
 
-    return slope if slope in (adaptive, zero, one, parallel) else rule
+    return rule
 
 
 def replaced(steps, **fields):
@@ -485,11 +494,12 @@ def ascend(bound, free, limits, rates, steps, *, target=torch.inf, shield=nullco
     bound(free) -> (...); each tensor of free is (..., Q), Q numbers for each row. limits has its
     (lowest, highest), rates its first step size. The given choices are tried first, and each row
     keeps its best ones, so no row gets looser. Stops early when all bounds exceed target.
-    shield: a context for the bounds.
+    shield: a context for the bounds. No factor of the bounds matters: Adam's epsilon is tiny.
     """
     free = [t.detach().clone().requires_grad_() for t in free]
     optimizer = torch.optim.Adam([{"params": t, "lr": r} for t, r in zip(free, rates)],
-                                 maximize=True, fused=True)
+                                 eps=torch.finfo(free[0].dtype).tiny ** 0.5, maximize=True,
+                                 fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     best, chosen = -torch.inf, [t.detach().clone() for t in free]
     for step in range(steps + 1):
@@ -574,12 +584,21 @@ class Subdomains(NamedTuple):
     multipliers: torch.Tensor   # (B, N) s beta
 
 
+class Note(NamedTuple):
+    """A step that does nothing: it keeps the coefficients of what the step below it gives."""
+    kept: list
+
+    def back(self, A, d):
+        self.kept[:] = [A.detach()]
+        return A, d
+
+
 def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
     """Sound lower bounds (B,) of the functions on their subdomains; and the slopes and multipliers
     (B, N) that give them, the given ones or better by so many steps of ascent.
 
-    trace: with steps=0, a list to be filled with the coefficients (B, ...) of each ReLU's outputs,
-    bottom up, after those of the input.
+    trace: a list to be filled with the coefficients (B, ...) that the given slopes and multipliers
+    give the input and, from below upwards, the outputs of each ReLU.
     """
     machine = engine(network)
     stages, layouts, bound = machine.stages, machine.layouts, machine.bound
@@ -590,28 +609,36 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
 
     def chosen(choices):
         lower, multiplier = (by_relu(t) for t in choices)
-        chosen_way = replaced(way, lower=lower, multiplier=multiplier)
-        return bound(rows, 0, chosen_way, found)[0, :, 0]
+        return bound(rows, 0, replaced(way, lower=lower, multiplier=multiplier))[0, :, 0]
 
     box = Box(*(hwc(t[:, :, None], layouts[0]) for t in sub.box))
     rows = hwc(sub.rows, layouts[-1])[None, :, None]                         # (1, B, 1, K)
     whole = relax_relu(sub.l, sub.u)
     lines = [Lines(*parts) for parts in zip(*(by_relu(t) for t in whole[:3]))]
-    way, found = [box, *interleaved(stages, lines)], None if trace is None else []
+    way, notes = [], []
+    for step in [box, *interleaved(stages, lines)]:
+        if isinstance(step, (Box, Lines)):
+            notes.append(Note([]))
+        way += [step, notes[-1]] if isinstance(step, (Box, Lines)) else [step]
     unused = torch.zeros_like(sub.signs)
     limits = [(whole.upper.floor(), whole.upper.ceil()),
               (unused.masked_fill(sub.signs < 0, -torch.inf),
                unused.masked_fill(sub.signs > 0, torch.inf))]
     choices = [t.clamp(*limit) for t, limit in zip((sub.slopes, sub.multipliers), limits)]
     with full_precision(sub.l):
-        if steps and sub.sizes:
-            low, choices = ascend(chosen, choices, limits, RATES, steps, target=target)
-        else:
-            low = chosen(choices)
+        low = chosen(choices)
+        found = [note.kept[0][0, :, 0] for note in notes]                    # (B, N) of each
+        if steps and sub.sizes and not (low > target).all():
+            # The unit of beta: the largest coefficient that the row has of the same ReLU.
+            largest = [A.abs().amax(1, keepdim=True).expand_as(A) for A in found[1:]]
+            unit = torch.cat(largest, 1)
+            unit = unit.where(unit > 0, 1)
+            in_units = lambda free: chosen((free[0], free[1] * unit))
+            low, (slopes, betas) = ascend(in_units, (choices[0], choices[1] / unit), limits, RATES,
+                                          steps, target=target)
+            choices = slopes, betas * unit
     if trace is not None:
-        above = [A for A, step in zip(found, reversed(way)) if isinstance(step, Lines)]
-        trace += [chw(A[0, :, 0], layout)
-                  for A, layout in zip([found[-1], *reversed(above)], layouts)]
+        trace += [chw(A, layout) for A, layout in zip(found, layouts)]
     return low, *choices
 
 
@@ -1078,11 +1105,11 @@ def first_relu(W, c, view, lines, op):
 # The inner loops of everything. Their backward passes are written out: they go over the rows less
 # often than autograd's, and of all that is as large as A they keep only A.
 
-def quick_bound(A, d, steps, trace=None):
+def quick_bound(A, d, steps):
     """lower_bound."""
     quick = {Lines: QuickLines, Box: QuickBox}
     steps = [quick[type(step)](*step) if type(step) in quick else step for step in steps]
-    return lower_bound(A, d, steps, trace)
+    return lower_bound(A, d, steps)
 
 
 class QuickLines(Lines):
@@ -1278,42 +1305,56 @@ class QuickEngine(Engine):
         P, K, n, budget = self.P, self.K, len(y), ask.budget
         if K == 1:               # nothing to bound; and where there are no rows PyTorch may crash
             return box.lower.new_zeros(P, n, 1)
-        if ask.relax == "box" and K <= 32:
-            return self.margins_of_few_classes(box, y, bounds)
-        rows = self.rows(y, box)[None]                                           # (1, B, K-1, K)
-        bound = partial(best_slopes, ascent=ask.ascent, bound=quick_bound)
+        W, c = self.logits(box.lower)
+        if ask.relax == "box":
+            box, bounds = Box(*map(F.relu, bounds[-1])) if bounds else box, []
+            if K <= 32:
+                return self.box_of_few_classes(W, c, box, y)
+        stages = self.stages[:len(bounds)]
 
         def of_samples(b):
             some, *pairs = parts_of([box, *bounds], slice(b, b + samples))
-            part = rows[:, b:b + samples]
-            return margins(self.stages, part, pairs, some, ask.relax, ask.slope, bound)
+            lines = [relax_relu(*for_rows(pair), ask.slope) for pair in pairs]
+            way = [for_rows(some), *interleaved([*stages, []], lines)]
+            return best_slopes(*self.rows(W, c, y[b:b + samples]), way, ask.ascent, quick_bound)
 
-        stages = self.stages[-1:] if ask.relax == "box" else self.stages
-        fit, keeps = budget.fit(P * K, sizes_down(View((K,)), stages), held=2 + 3 / K)
+        sizes = sizes_down(View(W.shape[2:]), stages)
+        fit, keeps = budget.fit(P * K, sizes, held=2 + 3 / K)
         samples = min(n, fit)
         jobs = [(b,) for b in range(0, n, samples)]
         return self.filled_up(torch.cat(budget.run(of_samples, jobs, keeps * samples), 1), y)
 
-    def margins_of_few_classes(self, box, y, bounds):
-        """Margins of "box": the rows of all labels in one product, which serves all samples."""
+    def box_of_few_classes(self, W, c, box, y):
+        """The rows of all labels in one product, which serves all samples."""
         labels, which = y.unique(return_inverse=True)
-        A, d = self.rows(labels, box).flatten(0, 1)[None, None], 0
-        for op in reversed(self.stages[-1]):
-            A, d = op.back(A, d)
-        lower, upper = map(F.relu, bounds[-1]) if bounds else box
-        A = A.squeeze(1)                                                       # (P, R, N)
-        low = d + lower @ A.mT + (upper - lower) @ minus(A).mT                 # (P, B, R)
+        A, d = (t.flatten(1, 2) for t in self.rows(W, c, labels))              # (P, L*(K-1), N)
+        low = d[:, None] + box.lower @ A.mT + (box.upper - box.lower) @ minus(A).mT
         low = low.unflatten(2, (len(labels), -1))[:, torch.arange(len(y)), which]
         return self.filled_up(low, y)
+
+    def logits(self, like):
+        """The logits as functions of what the last stage reads: W (P, K, N) and c (P, K)."""
+        ops = self.stages[-1]
+        if ops and ops[-1].stride is None:                                     # no product with eye
+            *ops, last = ops
+            W, c = hwc(last.weight, last.in_shape), last.bias
+        else:
+            W = hwc(torch.eye(self.K), self.layouts[-1]).to(like).expand(self.P, -1, -1)
+            c = W.new_zeros(W.shape[:2])
+        for op in reversed(ops):
+            W, c = op.back(W, c)
+        return W, c
+
+    def rows(self, W, c, y):
+        """logit[y] - logit[k] for the other classes k: A (P, B, K-1, N) and d (P, B, K-1)."""
+        others = self.others(y)
+        A, d = (t.index_select(1, y).unsqueeze(2)
+                - t.index_select(1, others.flatten()).unflatten(1, others.shape) for t in (W, c))
+        return A, d
 
     def others(self, y):
         """The other classes of each label, (B, K-1)."""
         return (y[:, None] + torch.arange(1, self.K).to(y)) % self.K
-
-    def rows(self, y, like):
-        """logit[y] - logit[k] for the other classes k, (B, K-1, K)."""
-        eye = torch.eye(self.K).to(like.lower)
-        return hwc(eye[y][:, None] - eye[self.others(y)], self.layouts[-1])
 
     def filled_up(self, low, y):
         """(P, B, K-1) of the other classes -> (P, B, K), with 0 for the label itself."""

@@ -138,13 +138,94 @@ def test_sound_against_samples_and_pgd(name, relax, skip):
         assert ((points - x).abs() <= eps + 1e-12).all() and ((points >= 0) & (points <= 1)).all()
 
 
-@pytest.mark.parametrize("slope", [relaxations.zero, relaxations.one, relaxations.parallel])
+@pytest.mark.parametrize("slope", ["zero", "one", "parallel"])
 def test_every_slope_rule_is_sound(slope):
     net, x, y = make("windows")
     low = margin_lower_bounds(net, x, y, 0.1, slope=slope)
     assert not torch.equal(low, margin_lower_bounds(net, x, y, 0.1))
     for point in in_ball(x, 0.1, 100, torch.Generator().manual_seed(0)):
         assert (true_margins(net, point, y) >= low - 1e-9).all()
+
+
+def zonotope(net, x, y, eps):
+    """DeepZ (Singh et al. 2018) of one image, forwards: bounds before each ReLU, and margins. The
+    zonotope is centre + sum of a_i G_i, |a_i| <= 1; an unstable ReLU adds a generator."""
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    centre = (low + high)[None] / 2
+    G = torch.diag((high - low).flatten() / 2).view(-1, *x.shape)
+    bounds = []
+    for layer in flat(net):
+        if not isinstance(layer, nn.ReLU):
+            origin = layer(torch.zeros_like(centre))
+            centre, G = layer(centre), layer(G) - origin
+            continue
+        radius = G.abs().sum(0, keepdim=True)
+        l, u = centre - radius, centre + radius
+        bounds.append((l[0], u[0]))
+        slope = torch.where(l >= 0, 1.0, torch.where(u <= 0, 0.0, u / (u - l))).to(l)
+        new = torch.where((l < 0) & (u > 0), -slope * l / 2, 0)
+        centre = slope * centre + new
+        G = torch.cat([slope * G, torch.diag(new.flatten()).view(-1, *new.shape[1:])])
+    margin = lambda logits: logits[:, y:y + 1] - logits
+    return bounds, margin(centre)[0] - margin(G).abs().sum(0)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_parallel_slopes_give_the_zonotope(name):
+    net, x, y = make(name, batch=2)
+    net = nn.Sequential(*[a for a, b in zip(flat(net), [None, *flat(net)])
+                          if not (isinstance(a, nn.ReLU) and isinstance(b, nn.ReLU))])
+    low = margin_lower_bounds(net, x, y, 0.1, slope="parallel")
+    bounds = preactivation_bounds(net, x, 0.1, slope="parallel")
+    for i in range(len(x)):
+        expected, margins = zonotope(net, x[i], y[i], 0.1)
+        torch.testing.assert_close(low[i], margins, atol=1e-9, rtol=0)
+        for (l, u), (a, b) in zip(bounds, expected, strict=True):
+            torch.testing.assert_close(l[i], a, atol=1e-9, rtol=0)
+            torch.testing.assert_close(u[i], b, atol=1e-9, rtol=0)
+
+
+def test_a_slope_has_a_name_or_is_a_function():
+    net, x, y = make("windows")
+    for name, rule in relaxations.SLOPES.items():
+        low = margin_lower_bounds(net, x, y, 0.1, slope=name)
+        assert name == rule.__name__
+        for same in (rule, lambda l, u: rule(l, u)):
+            assert torch.equal(low, margin_lower_bounds(net, x, y, 0.1, slope=same))
+    for slope in ("steep", 0.5, None, ["one"]):
+        with pytest.raises(ValueError, match="adaptive, zero, one, parallel, and no function"):
+            margin_lower_bounds(net, x, y, 0.1, slope=slope)
+
+
+@pytest.mark.fast_path
+def test_margins_of_many_classes_equal_the_heart_and_cost_in_proportion(monkeypatch):
+    """Also those of a last stage without, or with several, layers, and one that is a map."""
+    from torch.utils.flop_counter import FlopCounterMode
+    torch.manual_seed(0)
+    x = torch.rand(6, 1, 4, 4).double()
+    start = lambda *rest: nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), *rest).double()
+    nets = [start(nn.Flatten(), nn.Linear(48, 40)), start(nn.Flatten()),
+            start(nn.Flatten(), nn.Linear(48, 9), nn.Linear(9, 40)),
+            start(nn.Conv2d(3, 3, 2), nn.ReLU(), nn.Conv2d(3, 9, 2), nn.Flatten())]
+    for net, relax in itertools.product(nets, RELAXATIONS):
+        y = torch.arange(6)
+        found = []
+        for fast in (True, False):
+            monkeypatch.setattr(relaxations, "FAST", fast)
+            low = margin_lower_bounds(net, x, y, 0.1, relax)
+            grads = torch.autograd.grad(low.logsumexp(-1).sum(), list(net.parameters()))
+            found.append([low, *grads])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(1, b.abs().max().item()))
+    monkeypatch.setattr(relaxations, "FAST", True)
+    for relax in RELAXATIONS:
+        flops = []
+        for K in (50, 500):
+            net = start(nn.Flatten(), nn.Linear(48, K))
+            with FlopCounterMode(display=False) as counter:
+                margin_lower_bounds(net, x, torch.arange(6), 0.1, relax).sum().backward()
+            flops.append(counter.get_total_flops())
+        assert flops[1] < 12 * flops[0]
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -1915,6 +1996,45 @@ def test_beta_by_hand():
     assert bound(-1, 2.0) == pytest.approx(-0.75)          # of 3 (x - 1/4): f falls to -1/4 there
     assert bound(-1, -5.0) == pytest.approx(-0.25)         # a negative beta counts as 0
     assert -0.02 < bound(1, 0.0, steps=40) <= 0
+
+
+@pytest.mark.parametrize("factor", [1e-3, 2.0 ** -10, 2.0 ** 10, 1e3])
+@pytest.mark.parametrize("name", ["mlp", "windows"])
+def test_no_ascent_depends_on_the_unit_of_a_hidden_layer(name, factor):
+    """A hidden layer times a factor, the next one divided by it: the same network, and bounds."""
+    net, x, y = make(name)
+    net.requires_grad_(False)
+    scaled = deepcopy(net)
+    scaled[0].weight.mul_(factor)
+    scaled[0].bias.mul_(factor)
+    scaled[2].weight.div_(factor)
+    torch.testing.assert_close(net(x), scaled(x))
+    low, bounds = [], []
+    for n in (net, scaled):
+        found = preactivation_bounds(n, x, 0.1, "alpha-crown", steps=5)
+        low.append(margin_lower_bounds(n, x, y, 0.1, "alpha-crown", steps=5))
+        problem, node = random_subdomain(n, x[:1], y[:1], 0.2, cuts=3, seed=1)
+        sub = certify.subdomains(problem, [node])._replace(multipliers=torch.zeros_like(problem.l))
+        bounds.append([relaxations.subdomain_bounds(problem.network, sub, steps)[0].item()
+                       for steps in (0, 5, 20)])
+        found[0] = [t / (1 if n is net else factor) for t in found[0]]
+        low += found
+    half = len(low) // 2
+    for a, b in zip(low[:half], low[half:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-6)
+    assert bounds[0][0] < bounds[0][1] < bounds[0][2]
+
+
+@pytest.mark.parametrize("factor", [2.0 ** -40, 2.0 ** 40])
+def test_no_ascent_depends_on_the_unit_of_the_margins(factor):
+    net, x, y = make("mlp")
+    low = margin_lower_bounds(net, x, y, 0.3, "alpha-crown", steps=9)
+    assert not torch.equal(low, margin_lower_bounds(net, x, y, 0.3, "alpha-crown", steps=8))
+    net[-1].weight.data *= factor
+    net[-1].bias.data *= factor
+    again = margin_lower_bounds(net, x, y, 0.3, "alpha-crown", steps=9)
+    torch.testing.assert_close(again / factor, low, rtol=1e-9, atol=1e-12)
 
 
 def test_alpha_crown_is_never_looser_than_deeppoly_nor_branching_than_alpha_crown():
