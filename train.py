@@ -35,8 +35,8 @@ from plumbing.reading import flat_layers
 from plumbing.rounding import ball, check_finite, first_not_finite, in_float64
 from plumbing.runs import (at_start, check_same_images, circumstances, lengthen, locked, new_folder,
                            read_checkpoint, recording, restored, run_folder)
-from relaxations import (AFFINE, RELAXATIONS, RESHAPE, adaptive, margin_lower_bounds, one, parallel,
-                         preactivation_bounds, read_network, zero)
+from relaxations import (AFFINE, RELAXATIONS, RESHAPE, SLOPES, margin_lower_bounds,
+                         preactivation_bounds, read_network)
 
 # --------------------------------------------------------------------------------------- settings
 # Default, limits, meaning and source of each; the command line and its help are made from this.
@@ -44,7 +44,6 @@ from relaxations import (AFFINE, RELAXATIONS, RESHAPE, adaptive, margin_lower_bo
 # for MNIST (your own data start there) and CIFAR-10; here = from a few runs on digits, not tuned.
 
 ATTACKING = "sabr", "mtl-ibp", "cc-ibp", "exp-ibp", "staps"      # baselines that see an attack
-SLOPES = dict(adaptive=adaptive, zero=zero, one=one, parallel=parallel)
 LAYERS = nn.ReLU, *AFFINE, *RESHAPE         # what a network of your own may be made of
 
 SETTINGS = {
@@ -326,14 +325,15 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     if relax in ("sabr", "staps"):
         center, radius = small_box(x, points, eps, lam)
     outputs = "box" if relax in BASELINES else relax
-    neurons, rule = "deeppoly" if relax == "alpha-crown" else outputs, dict(slope=SLOPES[slope])
+    neurons = "deeppoly" if relax == "alpha-crown" else outputs
 
     def losses(thetas):
         params = unflatten(thetas, net)
-        bounds = preactivation_bounds(net, center, radius, neurons, params, **rule,
+        bounds = preactivation_bounds(net, center, radius, neurons, params, slope=slope,
                                       skip_stable=skip_stable)
-        margins = lambda relax: margin_lower_bounds(net, center, y, radius, relax, params, **rule,
-                                                    intermediate=bounds, steps=slope_steps)
+        margins = lambda relax: margin_lower_bounds(net, center, y, radius, relax, params,
+                                                    slope=slope, intermediate=bounds,
+                                                    steps=slope_steps)
         logits = lambda x: vmap(lambda p: functional_call(net, p, (x,)))(params)    # (P, B, K)
         m = margins(outputs)                                                        # (P, B, K)
         if relax == "crown-ibp" and beta < 1:
@@ -441,7 +441,7 @@ def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
     return best
 
 
-def evaluate(net, x, y, eps, batch=500, progress=lambda line: None, slope=adaptive):
+def evaluate(net, x, y, eps, batch=500, progress=lambda line: None, slope="adaptive"):
     """Which samples are correct, survive the attack, and are certified: {name: (n,) bool}.
 
     "best" is certified by any of the three relaxations. Raises AssertionError if a certified
@@ -528,7 +528,7 @@ def why_not_finite(net, x, eps, config, grad):
     relax = config["relax"] if config["relax"] in RELAXATIONS else "box"
     with torch.no_grad():
         bounds = preactivation_bounds(net, x, eps, relax, skip_stable=config["skip_stable"],
-                                      slope=SLOPES[config["slope"]])
+                                      slope=config["slope"])
     return first_not_finite(net, bounds, unflatten(grad[None], net))
 
 
@@ -666,7 +666,7 @@ def train_and_show(net, config, training, data, device):
         show_training(rows, config, show)
     n = config["test_subset"]
     x, y = data.x_test[:n].to(device), data.y_test[:n].to(device)
-    result = evaluate(net, x, y, config["eps"], progress=show, slope=SLOPES[config["slope"]])
+    result = evaluate(net, x, y, config["eps"], progress=show, slope=config["slope"])
     show.done(f"{len(x)} test images, eps {config['eps']:.4g}:")
     print("\n".join(table(result)))
     print(f"to certify it sample by sample:  python certify.py {config['out']}")
