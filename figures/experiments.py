@@ -46,6 +46,7 @@ RESULTS, RUNS = ROOT / "results", ROOT / "runs" / "experiments"
 
 GRID = [(r, opt) for r in ("box", "crown-ibp", "deeppoly") for opt in ("grad", "rgs", "pgpe")]
 BASELINES = [(r, opt) for r in ("sabr", "mtl-ibp") for opt in ("grad", "rgs")]
+TAPS = [(r, opt) for opt in ("grad", "rgs") for r in ("staps", "taps")]
 
 SPACE = {   # what tuning draws from; the keys are options of train.py
     "lr": (0.003, 0.01, 0.03),
@@ -53,7 +54,7 @@ SPACE = {   # what tuning draws from; the keys are options of train.py
     "l1": (0.0, 1e-5, 1e-4),
     "sigma": (0.003, 0.01, 0.03),                            # rgs, pgpe
     "alpha": (0.03, 0.1, 0.3),                               # mtl-ibp
-    "lam": (0.2, 0.4, 0.7),                                  # sabr
+    "lam": (0.2, 0.4, 0.7),                                  # sabr, staps
 }
 
 TRIES = [   # or tries that are the same for all methods; keys as above
@@ -85,7 +86,8 @@ def rates(*lrs, **others):
 TABLES = {
     "digits": dict(
         common=dict(dataset="digits", net="small", epochs=40, ramp=16, milestones=(30, 36)),
-        eps=0.1, methods=GRID + BASELINES + [("alpha-crown", "grad"), ("alpha-crown", "rgs")],
+        eps=0.1,
+        methods=GRID + BASELINES + [("alpha-crown", "grad"), ("alpha-crown", "rgs")] + TAPS,
         seeds=5, tries=8, validation=237, samples=None, timeout=30,
         sweeps={"sigma": ((0.001, 0.003, 0.01, 0.03, 0.1),
                           [(r, "rgs") for r in ("box", "deeppoly")]
@@ -159,7 +161,7 @@ def settings(method, draw, eps):
         chosen["sigma"] = draw["sigma"]
     if relax == "mtl-ibp":
         chosen["alpha"] = draw["alpha"]
-    if relax == "sabr":
+    if relax in ("sabr", "staps"):
         chosen["lam"] = draw["lam"]
     return chosen
 

@@ -21,6 +21,7 @@ from plumbing.runs import LOG
 
 NAME = {"box": "box (IBP)", "crown-ibp": "CROWN-IBP", "deeppoly": "DeepPoly",
         "alpha-crown": "alpha-CROWN", "sabr": "SABR", "mtl-ibp": "MTL-IBP",
+        "staps": "STAPS", "taps": "TAPS",
         "grad": "grad", "rgs": "RGS", "pgpe": "PGPE"}
 CLAIMS = [  # (relax, opt) against (relax, opt)
     (("deeppoly", "grad"), ("box", "grad")), (("crown-ibp", "grad"), ("box", "grad")),
