@@ -10,11 +10,13 @@ Or any supported network (see relaxations.py), in five lines of Python:
     for v in verdicts:
         print(v.status, v.stage, v.bound)
 
-The stages, each on what the one before left open:
+The stages, each on what the ones before left open, while a sample has time left:
 
     forward            wrong without any perturbation                             -> misclassified
-    attack             projected gradient descent finds a wrong point in the ball -> attacked
-    box, crown-ibp, deeppoly, alpha-crown    all margins have a positive bound    -> certified
+    attack             one descent (PGD) finds a wrong point in the ball          -> attacked
+    box, crown-ibp, deeppoly                all margins have a positive bound     -> certified
+    attack             a descent towards each class that no bound has ruled out   -> attacked
+    alpha-crown        all margins have a positive bound                          -> certified
     branch-and-bound   the ball is cut into subdomains, until all are settled     -> certified,
                        or one of them gives a counterexample                      -> attacked
     otherwise (time is up)                                                        -> unknown
@@ -28,8 +30,8 @@ ReLUs: where none is left to cut, the network is linear, and a linear program de
 Guarantee: "certified" holds for every point of the ball, up to rounding in float64, in which every
 bound that counts is computed; float32 only steers the search. "attacked" comes with a
 counterexample in the ball (exactly, as float32 numbers), misclassified by a float64 forward pass.
-"unknown" is neither. Attacked samples are bounded too: one that comes out certified proves a bound
-wrong. benchmarks/self_check.py tries to contradict bounds and verdicts on random networks.
+"unknown" is neither. Each sample is attacked once before it is bounded, and bounded up to DeepPoly
+though attacked: one that comes out certified proves a bound wrong. benchmarks/self_check.py tries to contradict bounds and verdicts on random networks.
 
 A positive factor of the logits changes no verdict. Nor does it change the search, for constants
 that are compared with margins count in a unit of the network's own: see unit_of.
@@ -51,18 +53,18 @@ import numpy as np
 import torch
 from torch.func import jacrev
 
+from plumbing.checks import check_number, check_problem, check_whole
 from plumbing.console import InputError, Parser, count, number, pick_device, run
 from plumbing.data import hold_out, load_dataset
 from plumbing.processes import process_group, ranks
-from plumbing.rounding import ball, in_float64
+from plumbing.rounding import ROUNDING, ball, in_float64, unit_of
 from plumbing.runs import checksum
 from plumbing.verdicts import STATUSES, points_of, save_point, write_verdicts
 from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
-from train import CERTIFY, CLOSE, attack, certified_margin, forward_margin, load_run, smallest
+from train import CERTIFY, CLOSE, descend, forward_margin, load_run, restarts_of, smallest
 
 STAGES = (*RELAXATIONS, "branch-and-bound")
-ROUNDING = 1e-6       # a bound above it and a counterexample contradict each other; below, a tie
 
 # Branch and bound: settings that did well on the networks of benchmarks/certify.py.
 WIDTH = 64            # nodes cut at once
@@ -127,7 +129,13 @@ class Settings(NamedTuple):
     restarts: int
     seed: int
     tolerance: float
+    classes: int
     unit: float
+
+    def open(self, verdicts, *statuses):
+        """The samples, as places in verdicts, of these statuses that have time left."""
+        return [i for i, v in enumerate(verdicts)
+                if v.status in statuses and v.seconds < self.timeout]
 
 
 @torch.inference_mode(False)               # whatever the caller's mode: attack and ascent need
@@ -138,10 +146,11 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
 
     net: an nn.Sequential as relaxations.py supports it, in eval mode, on the device and in the
     dtype of x.  x: (n, ...) in [0, 1].  y: (n,) labels.  timeout: seconds per sample; one that has
-    used them up enters no further stage, and its branching stops (None: no limit, so that branch
-    and bound settles every sample in the end, but for margins that rounding hides).  stages: any of
-    STAGES.  steps, restarts: of the attack; restarts=None is one for each class, 0 leaves it out.
-    batch: samples bounded at once.
+    used them up enters no further stage, no further descent, and its branching stops (None: no
+    limit, so that branch and bound settles every sample in the end, but for margins that rounding
+    hides).  stages: any of STAGES.  steps, restarts: of the attack; restarts=None is one for each
+    class, 0 leaves it out; those towards classes that bounds rule out are left out, and the attack
+    takes at most a quarter of the time.  batch: samples bounded at once.
     tolerance: go on until the smallest margin over the ball is known to so much, in float64:
     bound <= margin <= bound + tolerance (None: until its sign is known). Misclassified samples are
     left out of that.
@@ -150,127 +159,106 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     Raises ContradictionError if a sample is certified and attacked, and before the first stage
     ValueError for bad arguments and for networks that relaxations.py does not support.
     """
-    stages = list(stages)
     timeout = math.inf if timeout is None else timeout
     tolerance = math.inf if tolerance is None else tolerance
-    check_settings(stages, eps, timeout, tolerance, batch=batch, steps=steps, seed=seed,
-                   restarts=0 if restarts is None else restarts)
-    check_samples(net, x, y)
+    check_settings(stages, timeout, tolerance, batch, steps, restarts, seed)
+    y = check_problem(net, x, y, eps, margin_lower_bounds, preactivation_bounds)
     if not len(x):
         return []
-    net = deepcopy(net).requires_grad_(False)
-    x, y = x.clone(), y.clone().to(x.device, torch.long)
+    net, x = deepcopy(net).requires_grad_(False), x.detach().clone()
     if tolerance < math.inf:
         net, x, y = in_float64(net, x, y)
-    restarts = net(x[:1]).shape[-1] if restarts is None else restarts
-    settings = Settings(float(eps), timeout, stages, steps, restarts, seed, tolerance, unit_of(net))
+    classes = net(x[:1]).shape[-1]
+    restarts = classes if restarts is None else restarts
+    settings = Settings(float(eps), timeout, list(stages), steps, restarts, seed, tolerance,
+                        classes, unit_of(net))
     verdicts = [Verdict(index=i) for i in range(len(x))]
     for start in range(0, len(x), batch):
-        part = slice(start, start + batch)
+        part = slice(start, min(start + batch, len(x)))
         certify_batch(net, x[part], y[part], settings, verdicts[part], report)
     return verdicts
 
 
-def check_settings(stages, eps, timeout, tolerance, **whole):
-    """Raises ValueError for settings that make no sense. NaN makes none: no comparison is true."""
-    try:
-        fine = set(stages) <= set(STAGES) and 0 <= eps < math.inf
-        fine = fine and timeout >= 0 and tolerance > 0 and whole["batch"] >= 1
-        fine = fine and all(int(n) == n >= 0 for n in whole.values())
-    except (TypeError, ValueError, RuntimeError, OverflowError):       # several numbers, or none
-        fine = False
-    if not fine:
-        given = dict(eps=eps, timeout=timeout, tolerance=tolerance, **whole, stages=stages)
-        raise ValueError(f"certify takes a radius 0 <= eps < infinity, timeout >= 0, tolerance > 0,"
-                         f" whole numbers >= 0 (batch >= 1), and stages of {', '.join(STAGES)}; "
-                         f"got {given}")
-
-
-@torch.no_grad()
-def check_samples(net, x, y):
-    """Raises ValueError, in the words of the bounds, for what they refuse; and for a network that
-    bounds and forward pass take for two: at eps 0 they have to give the same margins."""
-    tensors = torch.is_tensor(x) and torch.is_tensor(y)
-    if not tensors or x.dim() < 2 or y.shape != x.shape[:1]:
-        raise ValueError("x has to be a tensor of images (n, ...), y one of their labels (n,)")
-    if not len(x):
-        return
-    # If the bounds take the images with the lowest and the highest pixel, and the smallest and the
-    # largest label, they take all.
-    lowest, highest = x.flatten(1).amin(1), x.flatten(1).amax(1)
-    few = x[torch.stack([lowest.argmin(), highest.argmax()])]
-    labels = torch.stack(y.aminmax())
-    K = margin_lower_bounds(net, few, labels, 0.0, "box").shape[1]
-    if K < 2:
-        raise ValueError(f"the network has {K} logit; a margin is between two")
-    twin, few, labels = in_float64(net, few, labels.long())
-    logits = twin(few)
-    margins = logits.gather(1, labels[:, None]) - logits
-    difference = (margin_lower_bounds(twin, few, labels, 0.0, "box") - margins).abs().max()
-    if difference > ROUNDING * max(unit_of(net), logits.abs().max()):
-        raise ValueError(f"bounds and forward pass of the network differ by {difference:.3g} at a "
-                         "radius of 0: some layer does not compute what its class says")
-
-
-def unit_of(net):
-    """The unit of the network's margins: about the largest weight of its last layer that has any.
-
-    Constants that margins and the steps of multipliers are compared with count in it: so a factor
-    of that layer, which changes no prediction, does not change the search either. A power of two:
-    dividing by it and multiplying again is exact.
-    """
-    weights = [m.weight for m in net.modules() if getattr(m, "weight", None) is not None]
-    largest = weights[-1].abs().max().item() if weights else 1.0
-    return 2.0 ** round(math.log2(largest)) if 0 < largest < math.inf else 1.0
+def check_settings(stages, timeout, tolerance, batch, steps, restarts, seed):
+    """Raises ValueError for settings that make no sense."""
+    check_number("timeout", timeout)
+    check_number("tolerance", tolerance)
+    check_whole(1, batch=batch)
+    check_whole(0, steps=steps, seed=seed, restarts=0 if restarts is None else restarts)
+    if not isinstance(stages, (list, tuple)) or not set(map(str, stages)) <= set(STAGES):
+        raise ValueError(f"stages={stages} has to be a list of {', '.join(STAGES)}")
+    if tolerance == 0:
+        raise ValueError("tolerance=0 cannot be reached in floating point; 1e-6 can")
 
 
 def certify_batch(net, x, y, settings, verdicts, report):
     """The stages one after the other, for samples that share their passes."""
-    upper = attacked(net, x, y, settings, verdicts)
+    exact = in_float64(net, x, y)
+    begun, upper = time.perf_counter(), forward_margin(*exact)      # (B,) the smallest margins seen
+    low = upper.new_full([len(x), settings.classes], -math.inf)    # (B, K) the margins proved
+    for v, margin in zip(verdicts, upper.tolist()):
+        if not margin > 0:
+            v.status, v.stage = "misclassified", "forward"
+    spend("attack", begun, verdicts)
+    descents = restarts_of(net, x, y, settings.restarts, settings.seed)
+    attack_by(itertools.islice(descents, 1), net, x, y, settings, verdicts, low, upper)
     for relax in [relax for relax in CERTIFY if relax in settings.stages]:
-        bounded_by(relax, net, x, y, settings, verdicts)
+        bounded_by(relax, exact, settings, verdicts, low)
+    attack_by(descents, net, x, y, settings, verdicts, low, upper)
     exactly = settings.tolerance < math.inf
-    open_ = ("unknown", "attacked", "certified") if exactly else ("unknown",)
-    left = [i for i, v in enumerate(verdicts)
-            if v.status in open_ and v.seconds < settings.timeout]
+    left = settings.open(verdicts, "unknown", *["attacked", "certified"] * exactly)
     if not {"alpha-crown", "branch-and-bound"} & set(settings.stages):
         left = []
     for i in sorted(set(range(len(x))) - set(left)):
         report(verdicts[i])
     if left:
         some = [verdicts[i] for i in left]
-        branch_and_bound(net, x[left], y[left], settings, some, upper[left].tolist(), report)
+        branch_and_bound(net, x[left], y[left], settings, some, low[left], upper[left], report)
 
 
-def attacked(net, x, y, settings, verdicts):
-    """Forward pass and attack. Returns the smallest margins found, (B,) in float64."""
-    begun, upper = time.time(), forward_margin(net, x, y)
-    for v, margin in zip(verdicts, upper.tolist()):
-        if not margin > 0:
-            v.status, v.stage = "misclassified", "forward"
-    left = [i for i, v in enumerate(verdicts) if v.status == "unknown"]
-    if left and settings.restarts != 0:
-        points = attack(net, x[left], y[left], settings.eps, settings.steps, settings.restarts,
-                        settings.seed)
-        upper[left] = forward_margin(net, points, y[left])
+def spend(stage, begun, verdicts):
+    """Charge the time since begun to the samples that shared it."""
+    seconds = time.perf_counter() - begun
+    for v in verdicts:
+        v.spend(stage, seconds / len(verdicts))
+
+
+def attack_by(descents, net, x, y, settings, verdicts, low, upper):
+    """Go down the descents, of restarts_of, while samples are open; upper follows, in place. One
+    towards a class is for samples for which low does not rule it out; a sample may spend a quarter
+    of its time on them."""
+    for target, start in descents:
+        left = settings.open(verdicts, "unknown")
+        left = [i for i in left if verdicts[i].seconds_by_stage["attack"] < settings.timeout / 4]
+        if not left:
+            return                                     # nobody has time, or is open
+        if target is not None:
+            left = [i for i in left if not low[i, target[i]] > 0]
+            target = target[left]
+        if not left:
+            continue
+        begun, some = time.perf_counter(), [verdicts[i] for i in left]
+        points, _ = descend(net, x[left], y[left], settings.eps, settings.steps, target, start)
+        upper[left] = upper[left].minimum(forward_margin(net, points, y[left]))
         for i, point in zip(left, points):
             if upper[i] <= 0:
                 verdicts[i].refute("attack", point, settings.unit)
-    for v in verdicts:
-        v.spend("attack", (time.time() - begun) / len(x))
-    return upper
+        spend("attack", begun, some)
 
 
-def bounded_by(relax, net, x, y, settings, verdicts):
-    """Certify what one of the incomplete relaxations can. What was attacked is bounded too."""
-    begun = time.time()
-    left = [i for i, v in enumerate(verdicts)
-            if v.status in ("unknown", "attacked") and v.seconds < settings.timeout]
-    twin, x64, y64 = in_float64(net, x[left], y[left])
-    low = certified_margin(twin, x64, y64, settings.eps, relax, **CERTIFY[relax])
-    for i, bound in zip(left, low.tolist()):
-        verdicts[i].spend(relax, (time.time() - begun) / len(left))
-        verdicts[i].prove(relax, bound, settings.unit)
+def bounded_by(relax, exact, settings, verdicts, low):
+    """Certify what one of the incomplete relaxations can; low follows, in place. What was attacked
+    is bounded too."""
+    net, x, y = exact
+    left = settings.open(verdicts, "unknown", "attacked")
+    if not left:
+        return
+    begun, some = time.perf_counter(), [verdicts[i] for i in left]
+    found = margin_lower_bounds(net, x[left], y[left], settings.eps, relax, **CERTIFY[relax])
+    low[left] = torch.fmax(low[left], found)
+    spend(relax, begun, some)
+    for v, bound in zip(some, smallest(found, y[left]).tolist()):
+        v.prove(relax, bound, settings.unit)
 
 
 # --------------------------------------------------------------------------------- branch and bound
@@ -347,13 +335,10 @@ class Tree:
         return v.seconds > settings.timeout or settled and self.tolerance == math.inf
 
 
-def branch_and_bound(net, x, y, settings, verdicts, upper, report):
-    """Settle samples by alpha-CROWN, at the roots, and by branch and bound. upper: the smallest
-    margin known of each."""
-    begun = time.time()
-    problem, exact, trees = roots(net, x, y, settings, verdicts, upper)
-    for v in verdicts:
-        v.spend("alpha-crown", (time.time() - begun) / len(verdicts))
+def branch_and_bound(net, x, y, settings, verdicts, low, upper, report):
+    """Settle samples by alpha-CROWN, at the roots, and by branch and bound. low: (B, K) the margins
+    proved of each, upper: (B,) the smallest seen."""
+    problem, exact, trees = roots(net, x, y, settings, verdicts, low, upper)
     stage = "alpha-crown" if "alpha-crown" in settings.stages else "branch-and-bound"
     waiting = trees
     while waiting:
@@ -362,36 +347,55 @@ def branch_and_bound(net, x, y, settings, verdicts, upper, report):
             tree.verdict.prove(stage, tree.bound() * settings.unit, settings.unit)
             report(tree.verdict)
         waiting = [tree for tree in waiting if tree not in over]
-        stage, begun, active = "branch-and-bound", time.time(), waiting[:TREES]
+        stage, begun, active = "branch-and-bound", time.perf_counter(), waiting[:TREES]
         if active:
-            cut = split_worst(problem, exact, trees, active)
-            for sample, nodes in cut.items():
-                verdicts[sample].spend(stage, (time.time() - begun) * nodes / cut.total())
+            nodes = split_worst(problem, exact, trees, active)
+            spend(stage, begun, [verdicts[node.sample] for node in nodes])
 
 
-def roots(net, x, y, settings, verdicts, upper):
-    """The problem, its exact twin, and a tree per sample: its roots are the margins that
-    alpha-CROWN leaves open, with slopes of their own for each."""
+def roots(net, x, y, settings, verdicts, low, upper):
+    """The problem, its exact twin, and a tree per sample: its roots are the margins that no bound
+    has settled, raised by alpha-CROWN with slopes of their own for each, while there is time."""
     eps, unit = settings.eps, settings.unit
-    # On large networks the ascent alone takes longer than a sample has; DeepPoly has to do there.
-    slow = any(10 * v.seconds_by_stage.get("deeppoly", 0) > settings.timeout for v in verdicts)
     twin, x64, y64 = in_float64(net, x, y)
-    bounds = preactivation_bounds(twin, x64, eps, "deeppoly" if slow else "alpha-crown",
-                                  skip_stable=True)
+    bounds = neuron_bounds(twin, x64, settings, verdicts)
     exact = pose(twin, x64, y64, eps, unit, bounds)
     problem = pose(net, x, y, eps, unit, bounds)
     trees = [Tree(i, v, margin / unit, settings.tolerance / unit)
-             for i, (v, margin) in enumerate(zip(verdicts, upper))]
+             for i, (v, margin) in enumerate(zip(verdicts, upper.tolist()))]
     slopes, none = adaptive(problem.l, problem.u), torch.zeros(0)
     nodes = []
-    for i, v in enumerate(verdicts):
-        others = [k for k in range(problem.rows.shape[1]) if k != y[i]]
-        nodes += [Node(v.bound / unit, i, k, none.long(), none, none, slopes[i]) for k in others]
+    for i, margins in enumerate((low / unit).tolist()):
+        nodes += [Node(bound, i, k, none.long(), none, none, slopes[i])
+                  for k, bound in enumerate(margins) if k != y[i]]
+    settled = [node.bound > trees[node.sample].goal() for node in nodes]
+    for node in itertools.compress(nodes, settled):
+        trees[node.sample].add(node)
+    nodes = [node for node, is_settled in zip(nodes, settled) if not is_settled]
     for start in range(0, len(nodes), 4 * WIDTH):
-        part = nodes[start:start + 4 * WIDTH]
-        for node in raise_bounds(problem, exact, part, trees, STEPS):
+        part, begun = nodes[start:start + 4 * WIDTH], time.perf_counter()
+        todo = [node for node in part if verdicts[node.sample].seconds < settings.timeout]
+        late = [node for node in part if verdicts[node.sample].seconds >= settings.timeout]
+        for node in late + raise_bounds(problem, exact, todo, trees, STEPS):
             trees[node.sample].add(node)
+        spend("alpha-crown", begun, [verdicts[node.sample] for node in todo])
     return problem, exact, trees
+
+
+def neuron_bounds(net, x, settings, verdicts):
+    """Bounds of the neurons, in float64: by alpha-CROWN, or, on networks so large that its ascent
+    alone would take longer than a sample has, by DeepPoly."""
+    slow = torch.tensor([10 * v.seconds_by_stage.get("deeppoly", 0) > settings.timeout
+                         for v in verdicts])
+    order, found = [], []
+    for relax, some in (("alpha-crown", ~slow), ("deeppoly", slow)):
+        some = some.nonzero().flatten().tolist()
+        if some:
+            begun, order = time.perf_counter(), order + some
+            found.append(preactivation_bounds(net, x[some], settings.eps, relax, skip_stable=True))
+            spend("alpha-crown", begun, [verdicts[i] for i in some])
+    back = torch.tensor(order).argsort()
+    return [[torch.cat(ends)[back] for ends in zip(*pairs)] for pairs in zip(*found)]
 
 
 def pose(net, x, y, eps, unit, bounds):
@@ -412,7 +416,7 @@ def pose(net, x, y, eps, unit, bounds):
 
 
 def split_worst(problem, exact, trees, active):
-    """Cut the worst nodes of the active trees and bound their halves. How many of each tree."""
+    """Cut the worst nodes of the active trees and bound their halves. Returns those nodes."""
     quota = max(1, WIDTH // len(active))
     limit = STORE // (TREES * max(1, problem.l.shape[1]))
     nodes = [node for tree in active for node in tree.pop(quota, limit)]
@@ -432,7 +436,7 @@ def split_worst(problem, exact, trees, active):
         bound = max(bound, node.bound)
         tree.proved = min(tree.proved, bound)
         tree.stuck |= not bound > tree.goal()
-    return Counter(node.sample for node in nodes)
+    return nodes
 
 
 def subdomains(problem, nodes):

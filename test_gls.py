@@ -2237,7 +2237,7 @@ def test_rounding_is_no_contradiction_whatever_the_unit_of_the_margins():
     dict(batch=0), dict(batch=-1), dict(batch=2.5), dict(steps=-1), dict(steps=math.nan),
     dict(restarts=-1), dict(restarts=math.inf), dict(seed=-1), dict(tolerance=0.0),
     dict(tolerance=math.nan), dict(stages=["deep-poly"]), dict(stages="box"),
-    dict(y=[0, 1, 2]), dict(y=torch.zeros(2).long()), dict(y=torch.zeros(3)),
+    dict(y=[0, 1]), dict(y=[[0], [1, 2]]), dict(y=torch.zeros(2).long()), dict(y=torch.zeros(3)),
     dict(y=torch.zeros(3, 4).long()), dict(y=torch.tensor([0, 1, 4])),
     dict(y=torch.tensor([0, -1, 2])),
     dict(x=torch.full((3, 6), 1.5)), dict(x=torch.full((3, 6), -0.1)), dict(x=torch.zeros(6)),
