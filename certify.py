@@ -31,7 +31,8 @@ Guarantee: "certified" holds for every point of the ball, up to rounding in floa
 bound that counts is computed; float32 only steers the search. "attacked" comes with a
 counterexample in the ball (exactly, as float32 numbers), misclassified by a float64 forward pass.
 "unknown" is neither. Each sample is attacked once before it is bounded, and bounded up to DeepPoly
-though attacked: one that comes out certified proves a bound wrong. benchmarks/self_check.py tries to contradict bounds and verdicts on random networks.
+though attacked: one that comes out certified proves a bound wrong. benchmarks/self_check.py tries to
+contradict bounds and verdicts on random networks.
 
 A positive factor of the logits changes no verdict. Nor does it change the search, for constants
 that are compared with margins count in a unit of the network's own: see unit_of.
@@ -43,26 +44,30 @@ import itertools
 import math
 import sys
 import time
-from collections import Counter
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.func import jacrev
 
-from plumbing.checks import check_number, check_problem, check_whole
-from plumbing.console import InputError, Parser, count, number, pick_device, run
-from plumbing.data import hold_out, load_dataset
+from plumbing.checks import check_problem, check_settings
+from plumbing.console import InputError, defaults, pick_device, run
+from plumbing.data import CIFAR_STATISTICS, dataset_kind, hold_out, load_dataset
+from plumbing.linear_program import linear_program
 from plumbing.processes import process_group, ranks
-from plumbing.rounding import ROUNDING, ball, in_float64, unit_of
+from plumbing.reports import (curve, file_of, newest_run, outside_in, parse_args,
+                              report_inherited, summary)
+from plumbing.rounding import ball, in_float64, unit_of
 from plumbing.runs import checksum
-from plumbing.verdicts import STATUSES, points_of, save_point, write_verdicts
+from plumbing.verdicts import (ContradictionError, Verdict, points_of, save_point,
+                               verdict_of, write_verdicts)
+from plumbing.weights import read_weights
 from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
-from train import CERTIFY, CLOSE, descend, forward_margin, load_run, restarts_of, smallest
+from train import (CERTIFY, CLOSE, SETTINGS, build_network, descend, forward_margin, load_run,
+                   restarts_of, smallest)
 
 STAGES = (*RELAXATIONS, "branch-and-bound")
 
@@ -76,49 +81,6 @@ STORE = 2 ** 27       # numbers kept for waiting nodes (512 MB); beyond it, tree
 
 
 # ------------------------------------------------------------------------------ verdicts and stages
-
-@dataclass
-class Verdict:
-    status: str = "unknown"    # one of STATUSES
-    stage: str = ""            # what settled it: forward, attack, box, ...; "" if unknown
-    bound: float = -math.inf   # the smallest margin lower bound proved, the best over stages; where
-    #                            branching was cut short, up to rounding in float32
-    seconds: float = 0.0       # spent on it; the time of a batch is shared equally
-    counterexample: Optional[torch.Tensor] = None
-    seconds_by_stage: dict = field(default_factory=dict)
-    index: int = 0             # of the sample
-
-    def spend(self, stage, seconds):
-        self.seconds += seconds
-        self.seconds_by_stage[stage] = self.seconds_by_stage.get(stage, 0.0) + seconds
-
-    def prove(self, stage, bound, unit):
-        """All margins are at least bound in the whole ball. unit: that of the network's margins."""
-        self.bound = max(self.bound, bound)
-        if bound > ROUNDING * unit and self.status == "attacked":
-            raise ContradictionError(self.index, stage, bound, self.counterexample)
-        if bound > 0 and self.status == "unknown":
-            self.status, self.stage = "certified", stage
-
-    def refute(self, stage, point, unit):
-        """A point of the ball is misclassified."""
-        if self.status == "certified" and self.bound > ROUNDING * unit:
-            raise ContradictionError(self.index, self.stage, self.bound, point)
-        if self.status != "attacked":
-            self.status, self.stage, self.counterexample = "attacked", stage, point.clone()
-
-
-class ContradictionError(AssertionError):
-    """A sample is both certified and attacked: a bound is unsound, or a forward pass is wrong.
-    Carries the witnesses: index of the sample, stage and bound, and the counterexample."""
-
-    def __init__(self, index, stage, bound, counterexample):
-        super().__init__(f"sample {index}: {stage} proves a margin of {bound:.3g}, yet a point of "
-                         "the ball is misclassified; a bound is unsound. Please report this with "
-                         "the network")
-        self.index, self.stage, self.bound = index, stage, bound
-        self.counterexample = counterexample
-
 
 class Settings(NamedTuple):
     """The arguments of certify(), and the unit of the network's margins."""
@@ -161,7 +123,7 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     """
     timeout = math.inf if timeout is None else timeout
     tolerance = math.inf if tolerance is None else tolerance
-    check_settings(stages, timeout, tolerance, batch, steps, restarts, seed)
+    check_settings(STAGES, stages, timeout, tolerance, batch, steps, restarts, seed)
     y = check_problem(net, x, y, eps, margin_lower_bounds, preactivation_bounds)
     if not len(x):
         return []
@@ -177,18 +139,6 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
         part = slice(start, min(start + batch, len(x)))
         certify_batch(net, x[part], y[part], settings, verdicts[part], report)
     return verdicts
-
-
-def check_settings(stages, timeout, tolerance, batch, steps, restarts, seed):
-    """Raises ValueError for settings that make no sense."""
-    check_number("timeout", timeout)
-    check_number("tolerance", tolerance)
-    check_whole(1, batch=batch)
-    check_whole(0, steps=steps, seed=seed, restarts=0 if restarts is None else restarts)
-    if not isinstance(stages, (list, tuple)) or not set(map(str, stages)) <= set(STAGES):
-        raise ValueError(f"stages={stages} has to be a list of {', '.join(STAGES)}")
-    if tolerance == 0:
-        raise ValueError("tolerance=0 cannot be reached in floating point; 1e-6 can")
 
 
 def certify_batch(net, x, y, settings, verdicts, report):
@@ -598,165 +548,71 @@ def settle_linear(exact, node):
 
 # ------------------------------------------------------------------------------------- command line
 
-def summary(verdicts, stages):
-    """The final table, as lines of text: counts that add up to the number of samples."""
-    n, counts = len(verdicts), Counter(v.status for v in verdicts)
-    settled = Counter(v.stage for v in verdicts if v.status == "certified")
-
-    def line(title, k):
-        return f"  {title:34}{100 * k / n:7.2f} %   {k}/{n}"
-
-    lines = [line("natural accuracy", n - counts["misclassified"]),
-             line("not attacked (upper bound)", counts["certified"] + counts["unknown"])]
-    total = 0
-    for stage in stages:
-        total += settled[stage]
-        lines.append(line(f"certified up to {stage}", total))
-    spent = sum((Counter(v.seconds_by_stage) for v in verdicts), Counter())
-    seconds = [f"{stage} {spent[stage]:.1f}" for stage in ("attack", *STAGES) if stage in spent]
-    lines.append("  seconds: " + ", ".join(seconds))
-    total = " + ".join(f"{counts[status]} {status}" for status in STATUSES)
-    lines.append(f"  {total} = {n} samples, {sum(v.seconds for v in verdicts):.1f} s")
-    return lines
-
-
-def newest_run(root="runs"):
-    runs = sorted(Path(root).glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise InputError(f"no run found under {root}/; train one with python train.py, or name its "
-                         "folder")
-    return runs[-1].parent
-
-
-def verdict_of(row):
-    bound = -math.inf if row["bound"] is None else row["bound"]
-    return Verdict(row["status"], row["stage"], bound, row["seconds"],
-                   seconds_by_stage=row["seconds_by_stage"])
-
-
-def parse_args(argv):
-    p = Parser(prog="certify.py", description="Certify a trained run, sample by sample.")
-    p.add_argument("run", nargs="?", help="run folder of train.py; default: the newest under runs/")
-    p.add_argument("--eps", type=number(0, 1), help="radius in pixels; default: the run's")
-    p.add_argument("--samples", type=count(1), help="first N test images; default: the run's")
-    p.add_argument("--validation", type=count(0), help="certify the last N training images, not "
-                   "those of the test; 0: those of the test; default: the run's")
-    p.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
-                   help=f"of {', '.join(STAGES)}; default: all")
-    p.add_argument("--timeout", type=number(0, math.inf), default=30.0,
-                   help="seconds for each image; default: 30")
-    p.add_argument("--steps", type=count(1), default=40, help="of the attack")
-    p.add_argument("--restarts", type=count(0),
-                   help="of the attack; 0: no attack; default: one for each class")
-    p.add_argument("--batch-size", type=count(1), default=100)
-    p.add_argument("--seed", type=count(0), default=0)
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    p.add_argument("--data-dir", help="default: that of the run")
-    p.add_argument("--out", help="JSON lines, one verdict each; default: RUN/certify-epsEPS.jsonl")
-    return p.parse_args(argv)
-
-
 def main(argv=None):
-    args = parse_args(argv)
+    args = parse_args(argv, STAGES, SETTINGS)
     device = pick_device(args.device)
-    folder = Path(args.run) if args.run else newest_run()
-    net, config, _ = load_run(folder)
+    if args.weights:
+        path, net, recipe = Path(args.weights), None, dataset_kind(args.dataset)
+        config = defaults(SETTINGS, recipe, "grad") | dict(dataset=args.dataset, net=args.net)
+    else:
+        path = Path(args.run or newest_run())
+        net, config, _ = load_run(path)
     data = load_dataset(config["dataset"], args.data_dir or config["data_dir"])
     data = hold_out(data, config["validation"] if args.validation is None else args.validation)
-    if list(data.x_test.shape[1:]) != config["input_shape"] or data.classes != config["classes"]:
-        raise InputError(f"{folder} was trained on images {config['input_shape']} of "
+    shape, classes = list(data.x_test.shape[1:]), data.classes
+    if args.weights:
+        statistics = CIFAR_STATISTICS if recipe == "cifar10" else None
+        net = read_weights(path, build_network(args.net, shape, classes, "default", statistics))
+    elif shape != config["input_shape"] or classes != config["classes"]:
+        raise InputError(f"{path} was trained on images {config['input_shape']} of "
                          f"{config['classes']} classes, but {config['dataset']} has "
-                         f"{list(data.x_test.shape[1:])} of {data.classes}")
+                         f"{shape} of {classes}")
     with process_group(device):
-        certify_run(net.to(device), config, data, folder, args, device)
+        certify_radii(net.to(device), config, data, path, args, device)
 
 
-def certify_run(net, config, data, folder, args, device):
-    """Write a verdict for each test image, and show their counts. With many processes each takes
-    its share; the first gathers what they wrote."""
-    eps = config["eps"] if args.eps is None else args.eps
+def certify_radii(net, config, data, path, args, device):
+    """Write a verdict for each test image and radius, a file for each radius, and show their
+    counts; what one radius tells about others is used. With many processes each takes its share of
+    the images; the first gathers what they wrote."""
     n = min(len(data.x_test), args.samples or config["test_subset"] or len(data.x_test))
-    path = Path(args.out) if args.out else folder / f"certify-eps{eps:.6g}.jsonl"
+    x, y = data.x_test[:n], data.y_test[:n]
     settings = dict(stages=[s for s in STAGES if s in args.stages], timeout=args.timeout,
                     steps=args.steps, seed=args.seed,
                     restarts=data.classes if args.restarts is None else args.restarts)
-    header = dict(run=folder.resolve().name, eps=eps, **settings,
-                  network=checksum(*net.state_dict().values()),
+    header = dict(run=path.resolve().name, **settings, network=checksum(*net.state_dict().values()),
                   images=checksum(data.x_test, data.y_test))
+    known, made = {}, "" if args.weights else f" trained by {config['relax']}, {config['opt']}"
+    for eps in outside_in(args.eps or [config["eps"]]):
+        file = file_of(args, path, eps)
 
-    def certify_some(indices, report):
-        x, y = data.x_test[indices].to(device), data.y_test[indices].to(device)
-        try:
-            certify(net, x, y, eps, batch=args.batch_size, report=report, **settings)
-        except ContradictionError as e:
-            i = indices[e.index]
-            witness = save_point(points_of(path), f"contradiction-{i}", e.counterexample)
-            print(f"abort: test image {i} is certified and attacked: {e}. The counterexample is in "
-                  f"{witness}", file=sys.stderr)
-            sys.exit(1)
+        def certify_some(indices, report):
+            left = report_inherited(indices, eps, known, report)
+            images = [indices[place] for place in left]
+            certify_images(net, x, y, eps, file, images, batch=args.batch_size, **settings,
+                           report=lambda v: report(replace(v, index=left[v.index])))
 
-    title = (f"{folder}: {config['net']} trained by {config['relax']}, {config['opt']}; "
-             f"eps {eps:.4g}; {n} test images")
-    labels = data.y_test[:n].tolist()
-    verdicts = write_verdicts(path, header, labels, certify_some, verdict_of, title)
-    if ranks()[0] == 0:
-        print("\n".join(summary([verdicts[i] for i in range(n)], settings["stages"])))
-
-
-# ------------------------------------------------------------------------- a linear program exactly
-
-def linear_program(c, G, h, low, high):
-    """min c.x  subject to  G x >= h and low <= x <= high, by the dual simplex method.
-
-    Returns x (None if infeasible) and a list of multipliers beta >= 0 to try: at the last of them,
-    min over low <= x <= high of c.x - beta.(G x - h) is the optimum, or, if infeasible, large.
-
-    Each variable v, that is x or a slack w = G x - h >= 0, is either at one of its ends ("at", n of
-    them) or basic: basic = T at + t. The start is dual feasible whatever c is, because x is bounded
-    on both sides: every x at the end that c prefers.
-    """
-    (m, n), tiny = G.shape, 1e-9                           # of pixels; constraints are normalised
-    size = np.abs(G).max(1, initial=0)
-    size[size == 0] = 1
-    G, h = G / size[:, None], h / size                     # multipliers are divided in the end
-    lo = np.concatenate([low, np.zeros(m)])
-    hi = np.concatenate([high, np.full(m, np.inf)])
-    T, t = np.vstack([G, c]), np.append(-h, 0.0)           # the last row is the objective
-    ends, basic = np.arange(n), n + np.arange(m)
-    top = c < 0                                            # at the upper end?
-    for _ in range(50 * (m + n)):
-        at = np.where(top, hi[ends], lo[ends])
-        v = T[:m] @ at + t[:m]
-        outside = np.maximum(lo[basic] - v, v - hi[basic])
-        r = outside.argmax() if m else 0
-        if not m or outside[r] <= tiny:
-            x, price = np.empty(n + m), np.zeros(n + m)
-            x[ends], x[basic], price[ends] = at, v, T[m]
-            return x[:n], [price[n:].clip(0) / size]
-        up = 1 if v[r] < lo[basic[r]] else -1              # where basic variable r has to go
-        helps = up * T[r] * np.where(top, -1, 1)           # what moving each from its end does
-        cost = np.abs(T[m]) / np.maximum(helps, tiny)
-        ratio = np.where(helps > tiny, cost, np.inf)
-        j = ratio.argmin() if n else 0
-        if not np.isfinite(ratio[j]):                      # nothing helps: row r is a proof
-            proof = np.zeros(n + m)
-            proof[ends], proof[basic[r]] = (-up * T[r]).clip(0), 1
-            beta = proof[n:] / size * (np.abs(c).max() or 1)
-            return None, [beta * 10.0 ** k for k in range(-2, 11)]
-        pivot(T, t, r, j)
-        ends[j], basic[r], top[j] = basic[r], ends[j], up < 0
-    return None, []
+        title = f"{path}: {config['net']}{made}; eps {eps:.4g}; {n} test images"
+        known[eps] = write_verdicts(file, header | dict(eps=eps), y.tolist(), certify_some,
+                                    verdict_of, title)
+        if ranks()[0] == 0:
+            print("\n".join(summary([known[eps][i] for i in range(n)], settings["stages"])))
+    if len(known) > 1 and ranks()[0] == 0:
+        print("\n".join(curve(known)))
 
 
-def pivot(T, t, r, j):
-    """Basic variable r and the j-th of those at their ends change places, in place."""
-    row, constant = -T[r] / T[r, j], -t[r] / T[r, j]       # row r solved for the j-th
-    row[j] = 1 / T[r, j]
-    column = T[:, j].copy()
-    T[:, j] = 0
-    T += np.outer(column, row)
-    t += column * constant
-    T[r], t[r] = row, constant
+def certify_images(net, x, y, eps, file, images, **options):
+    """certify these of the images x. A contradiction ends the program; its witness is kept beside
+    the file of verdicts."""
+    device = next(net.parameters()).device
+    try:
+        certify(net, x[images].to(device), y[images].to(device), eps, **options)
+    except ContradictionError as e:
+        i = images[e.index]
+        witness = save_point(points_of(file), f"contradiction-{i}", e.counterexample)
+        print(f"abort: test image {i} is certified and attacked: {e}. The counterexample is in "
+              f"{witness}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

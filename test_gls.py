@@ -30,6 +30,7 @@ from plumbing.data import Dataset
 from plumbing.for_tests import QUICK, QUICK_RUN, command, npz
 from plumbing.processes import members_at_once
 from plumbing.runs import LOG
+from plumbing.verdicts import STATUSES
 from relaxations import margin_lower_bounds, preactivation_bounds
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
@@ -1749,7 +1750,7 @@ def test_train_then_certify_finds_the_same_numbers(tmp_path, capsys, relax, opt)
         assert number(printed, ours) == number(again, theirs)
     rows = [json.loads(l) for l in next(run.glob("certify-*.jsonl")).read_text().splitlines()][1:]
     assert sorted(r["index"] for r in rows) == list(range(60))
-    assert {r["status"] for r in rows} <= set(certify.STATUSES)
+    assert {r["status"] for r in rows} <= set(STATUSES)
 
 
 def test_training_lowers_the_loss_and_certifies(tmp_path):
@@ -2204,7 +2205,7 @@ def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, mo
 
     ours, work = verdicts(1.0)
     assert sum(v.stage == "branch-and-bound" for v in ours) > 2 and work > 300
-    for factor in (2.0 ** -20, 2.0 ** 20, 1e-6, 1e6):
+    for factor in (2.0 ** -20, 2.0 ** 20, 1e-6, 1e-3, 1e3, 1e6):
         theirs, more = verdicts(factor)
         assert [v.status for v in theirs] == [v.status for v in ours]
         assert 0.7 * work < more < 1.4 * work
@@ -2275,15 +2276,40 @@ def test_what_bounds_refuse_is_refused_in_their_words_and_before_the_attack(monk
         certify.certify(net, x, y, 0.1)
 
 
+@pytest.mark.parametrize("wrong", ["0", "3.1", "5"])
+def test_a_layer_that_bounds_and_forward_pass_take_for_two_is_named(wrong, monkeypatch):
+    """A Linear that adds 0.1 when it is called, but not as the bounds call it."""
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Identity(),
+                        nn.Sequential(nn.ReLU(), nn.Linear(5, 5), nn.ReLU()), nn.Identity(),
+                        nn.Linear(5, 3)).eval().requires_grad_(False)
+    module, layers = net.get_submodule(wrong), []
+    module.weight += 0.3                               # so that what is below reaches the logits
+    marked = module.weight.double()
+    forward = nn.Linear.forward
+
+    def changed(self, z):
+        bounded = not isinstance(self.weight, nn.Parameter)            # by relaxations.plain
+        same = self.weight.shape == marked.shape and torch.equal(self.weight.double(), marked)
+        return forward(self, z) + 0.1 * (same and not bounded) * torch.arange(len(self.bias))
+
+    monkeypatch.setattr(nn.Linear, "forward", changed)
+    x, y = torch.rand(3, 6), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=rf"radius of 0: layer {wrong} \(Linear\) does not"):
+        certify.certify(net, x, y, 0.1)
+    with pytest.raises(ValueError, match=rf"radius of 0: layer {wrong} \(Linear\) does not"):
+        train.evaluate(net, x, y, 0.1)
+
+
 # ------------------------------------------------------------- certify.py from the command line
 
 def test_a_certified_and_attacked_sample_aborts(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     assert command(train.main, "--out", run, "--eps", 0.5, "--eps-train", 0, *QUICK,
                    "--epochs", 4, "--lr", 0.01) == 0
-    for module in (train, certify):                                    # plant an unsound bound
-        monkeypatch.setattr(module, "certified_margin",
-                            lambda net, x, y, *a, **k: torch.ones(len(x)))
+    sound = margin_lower_bounds                                        # plant an unsound bound
+    planted = lambda net, x, y, eps, *a, **k: sound(net, x, y, eps, *a, **k) + 1e3 * (eps > 0)
+    for module in (train, certify):
+        monkeypatch.setattr(module, "margin_lower_bounds", planted)
     assert command(certify.main, run, "--stages", *RELAXATIONS) == 1
     error = capsys.readouterr().err
     assert "a bound is unsound" in error

@@ -68,6 +68,18 @@ def check_number(name, value, most=math.inf):
         raise ValueError(f"{name}={value} has to be a number >= 0")
 
 
+def check_settings(known, stages, timeout, tolerance, batch, steps, restarts, seed):
+    """Raises ValueError for settings that make no sense."""
+    check_number("timeout", timeout)
+    check_number("tolerance", tolerance)
+    check_whole(1, batch=batch)
+    check_whole(0, steps=steps, seed=seed, restarts=0 if restarts is None else restarts)
+    if not isinstance(stages, (list, tuple)) or not set(map(str, stages)) <= set(known):
+        raise ValueError(f"stages={stages} has to be a list of {', '.join(known)}")
+    if tolerance == 0:
+        raise ValueError("tolerance=0 cannot be reached in floating point; 1e-6 can")
+
+
 def check_network(net, x):
     """Raises ValueError for a network that cannot be copied to where the images are."""
     if not isinstance(net, nn.Module):
