@@ -36,6 +36,8 @@ def _tensors(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 check_zip(archive, path)
+                if bad := archive.testzip():                   # torch.load does not look
+                    raise InputError(f"{path}: its part {bad} is damaged (wrong checksum)")
         found = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
