@@ -19,7 +19,7 @@ FLOATS = torch.float32, torch.float64
 
 def check_images(x):
     """Raises ValueError for what are no images: a plain tensor (B, ...) of float32 or float64."""
-    if not torch.is_tensor(x) or x.layout != torch.strided:
+    if not torch.is_tensor(x) or x.is_nested or x.layout != torch.strided:
         kind = x.layout if torch.is_tensor(x) else type(x).__name__
         raise ValueError(f"x has to be a tensor of images, got {kind}; "
                          "torch.as_tensor(x, dtype=torch.float32) makes one of an array")
