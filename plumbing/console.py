@@ -21,6 +21,12 @@ class Interrupted(Exception):
     """A signal asked to stop; everything is saved. args: its number, and how to go on."""
 
 
+def warn(text):
+    """One line on stderr, of the first of many processes: allowed, but probably a mistake."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {text}", file=sys.stderr)
+
+
 # --------------------------------------------------------------------------------------- settings
 
 class Setting(NamedTuple):
