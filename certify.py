@@ -51,11 +51,11 @@ import numpy as np
 import torch
 from torch.func import jacrev
 
-from plumbing.console import InputError, Parser, count, number, pick_device, run
-from plumbing.data import hold_out, load_dataset
+from plumbing.console import InputError, Parser, count, number, pick_device, run, warn
+from plumbing.data import dataset_name, hold_out
 from plumbing.processes import process_group, ranks
 from plumbing.rounding import ball, in_float64
-from plumbing.runs import checksum
+from plumbing.runs import checksum, data_of_run, is_trained_on
 from plumbing.verdicts import STATUSES, points_of, save_point, write_verdicts
 from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
@@ -647,6 +647,7 @@ def parse_args(argv):
     p.add_argument("--batch-size", type=count(1), default=100)
     p.add_argument("--seed", type=count(0), default=0)
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    p.add_argument("--dataset", type=dataset_name, help="PATH.npz, if the run's has moved")
     p.add_argument("--data-dir", help="default: that of the run")
     p.add_argument("--out", help="JSON lines, one verdict each; default: RUN/certify-epsEPS.jsonl")
     return p.parse_args(argv)
@@ -657,7 +658,10 @@ def main(argv=None):
     device = pick_device(args.device)
     folder = Path(args.run) if args.run else newest_run()
     net, config, _ = load_run(folder)
-    data = load_dataset(config["dataset"], args.data_dir or config["data_dir"])
+    moved = {k: getattr(args, k) for k in ("dataset", "data_dir") if getattr(args, k)}
+    data = data_of_run(config | moved)
+    if not is_trained_on(data, config):
+        warn(f"{folder} was trained on other images than these")
     data = hold_out(data, config["validation"] if args.validation is None else args.validation)
     if list(data.x_test.shape[1:]) != config["input_shape"] or data.classes != config["classes"]:
         raise InputError(f"{folder} was trained on images {config['input_shape']} of "

@@ -25,13 +25,13 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 import gls
 from plumbing.console import (InputError, Progress, Setting, count, defaults, header, not_negative,
                               parser_of, pick_device, positive, positive_unit, refuse_others, run,
-                              show_training, table, unit)
-from plumbing.data import (CIFAR_STATISTICS, augment, by_data, dataset_kind, dataset_name,
-                           hold_out, load_dataset)
+                              show_training, table, unit, warn_without_effect)
+from plumbing.data import (augment, by_data, dataset_kind, dataset_name, hold_out, load_dataset,
+                           statistics_of)
 from plumbing.processes import average, members_of_each, parts_of, process_group, ranks, summed
 from plumbing.rounding import ball, check_finite, first_not_finite, in_float64
-from plumbing.runs import (at_start, check_same_images, circumstances, locked, new_folder,
-                           read_checkpoint, recording, restored, run_folder)
+from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, locked,
+                           new_folder, read_checkpoint, recording, restored, run_folder)
 from relaxations import RELAXATIONS, margin_lower_bounds, preactivation_bounds
 
 # --------------------------------------------------------------------------------------- settings
@@ -72,18 +72,21 @@ SETTINGS = {
                   "Shi; digits here"),
     "lr_decay": Setting(0.2, positive_unit, "factor of lr at a milestone", "Shi"),
     "sigma": Setting(dict(grad=0.0, rgs=0.01, pgpe=0.01), positive,
-                     "standard deviation of the weight noise",
+                     "rgs, pgpe: standard deviation of the weight noise",
                      "here: the size of cnn3's smaller initial weights; on digits 0.001 to 0.03 do "
                      "as well, 0.1 spoils (README, figure 4)"),
-    "samples": Setting(dict(grad=1, rgs=2, pgpe=64), count(1), "loss evaluations in a step",
-                       "here: an antithetic pair; 32 pairs"),
+    "samples": Setting(dict(grad=1, rgs=2, pgpe=64), count(1),
+                       "rgs, pgpe: loss evaluations in a step", "here: an antithetic pair; 32 pairs"),
     "antithetic": Setting(True, bool, "rgs: perturb by eps and by -eps, as pgpe always does",
                           "here: cancels the odd part of the noise, for free"),
     "parts": Setting(1, count(1), "rgs, pgpe: parts of a minibatch; a sample, or pair, sees one"),
     "sigma_adapt": Setting("fixed", ("fixed", "scalar", "parameter"),
                            "pgpe: follow the gradient of sigma too, one for all or one each"),
-    "sigma_lr": Setting(0.1, not_negative, "step size of sigma", "pgpelib's default"),
-    "members": Setting(None, count(1), "parameter vectors run at once; default: by their size"),
+    "sigma_lr": Setting(0.1, not_negative,
+                        "scalar, parameter: step size of sigma (--sigma-adapt)",
+                        "pgpelib's default"),
+    "members": Setting(None, count(1), "rgs, pgpe: parameter vectors run at once; default: by "
+                       "their size"),
     "loss": Setting("cross-entropy", ("cross-entropy", "certified-error"),
                     "certified-error: the fraction not certified, gradient 0; for pgpe only"),
     "beta": Setting(1.0, unit, "crown-ibp: its weight against box at full eps, 1 at eps 0",
@@ -103,17 +106,22 @@ SETTINGS = {
     "clip": Setting(10.0, positive, "the largest norm of a gradient", "Shi"),
     "init": Setting("ibp", ("ibp", "default"),
                     "initial weights: small, so that no interval explodes, or PyTorch's", "Shi"),
-    "skip_stable": Setting(True, bool, "deeppoly: back-substitute unstable neurons only",
+    "skip_stable": Setting(True, bool,
+                           "deeppoly, alpha-crown: back-substitute unstable neurons only",
                            "here: faster, and certifies as much (benchmarks/)"),
     "seed": Setting(0, count(0), "of the initial weights, the batches and the noise"),
     "device": Setting("auto", ("auto", "cpu", "cuda", "mps"), "what computes"),
+    "augment": Setting(by_data(False, False, True, False), bool,
+                       "flip and shift the training images at random", "Shi"),
+    "normalize": Setting(by_data(False, False, True, False), bool,
+                         "a first layer that normalises pixels, by the training images", "Shi"),
     "data_dir": Setting("data", str, "where the data set is, or is downloaded to"),
     "subset": Setting(None, count(1), "use only the first N training images; default: all"),
     "validation": Setting(0, count(0), "test on the last N training images, held out, to tune"),
     "test_subset": Setting(None, count(1), "test on the first N test images; default: all"),
     "out": Setting(None, str, "the run folder; default: runs/DATASET-NET-RELAX-OPT"),
     "resume": Setting(None, run_folder, "go on with the run in this folder, from its last "
-                      "checkpoint; of other options only --data-dir and --device may be given"),
+                      "checkpoint; only --dataset, --data-dir and --device may be given, too"),
 }
 
 
@@ -124,7 +132,7 @@ def parse_config(argv=None):
                        "Gaussian loss smoothing.")
     given = vars(parser.parse_args(argv))
     if "resume" in given:
-        refuse_others(parser, given, "resume", "data_dir", "device")
+        refuse_others(parser, given, "resume", "dataset", "data_dir", "device")
         return given
     chosen = {name: setting.default for name, setting in SETTINGS.items()} | given
     recipe = defaults(SETTINGS, dataset_kind(chosen["dataset"]), chosen["opt"])
@@ -139,6 +147,7 @@ def parse_config(argv=None):
     if config["opt"] == "grad":
         config |= dict(samples=1, sigma=0.0)
     _check_together(config, parser.error)
+    warn_without_effect(SETTINGS, given, config)
     del config["resume"]
     return config
 
@@ -600,9 +609,8 @@ def network_of(config):
 
 def new_run(config, data, device):
     """A new network, and the settings with what images, device and processes add to them."""
-    cifar = config["dataset"] == "cifar10"
     config = config | circumstances(data, config, device)
-    config |= dict(augment=cifar, statistics=CIFAR_STATISTICS if cifar else None)
+    config["statistics"] = statistics_of(data, config)
     torch.manual_seed(config["seed"])
     net = network_of(config)
     config["members"] = members_of_each(net, config)
@@ -619,12 +627,12 @@ def main(argv=None):
             config = saved | dict(out=str(resumed)) | config       # --data-dir, --device may differ
         device = pick_device(config["device"].split(":")[0])
         stack.enter_context(process_group(device))
-        data = hold_out(load_dataset(config["dataset"], config["data_dir"]), config["validation"])
+        data = hold_out(data_of_run(config), config["validation"])
         if not resumed:
             net, config = new_run(config, data, device)
-            stack.enter_context(new_folder(config, net))
+            stack.enter_context(new_folder(config, net, SETTINGS))
         else:
-            check_same_images(data, config)
+            check_unchanged(data, config)
         train_and_show(net.to(device), config, training, data, device)
 
 

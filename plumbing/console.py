@@ -96,6 +96,20 @@ def shown(default):
     return "" if default is None else str(default)
 
 
+def warn_without_effect(settings, given, config):
+    """Name what was given, but is not read with the other settings. Whose meaning begins "rgs,
+    pgpe: ..." is read if another setting, which has these among its choices, has one of them."""
+    for name in given.keys() & settings.keys():
+        words, colon, _ = settings[name].meaning.partition(": ")
+        readers = words.split(", ")
+        for other, setting in settings.items():
+            choices = setting.limits if isinstance(setting.limits, tuple) else ()
+            if colon and set(readers) <= set(choices) and config[other] not in readers:
+                warn(f"--{name.replace('_', '-')} has no effect with --{other.replace('_', '-')} "
+                     f"{config[other]}: only {words} read it")
+                break
+
+
 def refuse_others(parser, given, option, *allowed):
     """With this option, only those allowed may be given: a run keeps its settings."""
     others = sorted(given.keys() - {option, *allowed})

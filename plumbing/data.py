@@ -103,6 +103,17 @@ def load_dataset(name, data_dir="data"):
     return _check_dataset(name, *arrays, classes=None if kind == "npz" else 10)
 
 
+def statistics_of(data, config):
+    """(mean, std) of the pixels of each channel, for a first layer that normalises; or None."""
+    if not config["normalize"]:
+        return None
+    if config["dataset"] == "cifar10":
+        return CIFAR_STATISTICS
+    x = data.x_train[:config["subset"]]
+    std, mean = torch.std_mean(x, (0, 2, 3))
+    return tuple(tuple(round(v, 4) for v in t.clamp(min=0.001).tolist()) for t in (mean, std))
+
+
 def hold_out(data, n):
     """For tuning: the last n training images take the place of the test images (n = 0: nothing)."""
     if n >= len(data.x_train):

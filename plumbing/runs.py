@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 try:
     import fcntl
@@ -22,12 +23,13 @@ except ImportError:      # not on Windows: there, nothing keeps two processes fr
 import numpy as np
 import torch
 
-from plumbing.console import InputError, Interrupted, duration
-from plumbing.data import check_zip
+from plumbing.console import InputError, Interrupted, defaults, duration, warn
+from plumbing.data import check_zip, dataset_kind, hold_out, load_dataset
 from plumbing.processes import any_process, check_agreement, from_first, ranks
 
 CHECKPOINT = 2           # version of the checkpoint's layout
 SAVE_EVERY = 60.0        # seconds, and after each epoch
+MAY_CHANGE = {"out", "dataset", "dataset_path", "data_dir", "device"}     # between start and resume
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -114,17 +116,52 @@ def _read_plain(path):
 
 def circumstances(data, config, device):
     """What fixes a run beside its options."""
+    path = config["dataset"] if dataset_kind(config["dataset"]) == "npz" else ""
     return dict(
         input_shape=list(data.x_train.shape[1:]), classes=data.classes, device=str(device),
         threads=torch.get_num_threads(), processes=ranks()[1], torch=str(torch.__version__),
-        fingerprint=fingerprint(data, config))
+        fingerprint=fingerprint(data, config), dataset_path=path and str(Path(path).resolve()))
 
 
-def check_same_images(data, config):
-    """A run goes on on the same images only."""
+def data_of_run(config):
+    """The data set of a run, new or not. An .npz file may have moved: of those with its name where
+    the run had it, here, and in --data-dir, it is the one with the checksum of the run's images.
+    Raises InputError."""
+    name, folder = config["dataset"], Path(config["data_dir"])
+    if dataset_kind(name) != "npz":
+        return load_dataset(name, folder)
+    places = Path(name), folder / name, folder / Path(name).name, Path(config.get("dataset_path")
+                                                                       or name)
+    there = [place for place in dict.fromkeys(places) if place.is_file()]
+    if not there:
+        raise InputError(f"{name}: no such file; name it with --dataset PATH.npz, or its folder "
+                         "with --data-dir")
+    found = [load_dataset(str(there[0]))]
+    while len(there) > len(found) and not is_trained_on(found[-1], config):
+        found.append(load_dataset(str(there[len(found)])))
+    return found[-1] if is_trained_on(found[-1], config) else found[0]
+
+
+def is_trained_on(data, config):
+    """Are these the images that a run has trained on? Of a new one, they are."""
+    held = hold_out(data, config["validation"])
+    return config.get("fingerprint", fingerprint(held, config)) == fingerprint(held, config)
+
+
+def check_unchanged(data, config):
+    """A run goes on on the same images only; and with the settings of its checkpoint, if those of
+    config.json have been edited."""
+    folder, edited = config["out"], ""
     if fingerprint(data, config) != config["fingerprint"]:
-        raise InputError(f"{config['out']} was trained on other images than {config['dataset']} "
-                         f"has in {config['data_dir']}")
+        raise InputError(f"{folder} was trained on other images than {config['dataset']} has in "
+                         f"{config['data_dir']}; name its own with --dataset or --data-dir")
+    with suppress(OSError, ValueError, AttributeError):
+        there = json.loads((run_folder(folder) / "config.json").read_text())
+        saved = json.loads(json.dumps(config))
+        edited = ", ".join(f"{k} {there[k]} instead of {saved[k]}" for k in sorted(saved)
+                           if k in there.keys() - MAY_CHANGE and there[k] != saved[k])
+    if edited:
+        warn(f"{folder}/config.json has been edited ({edited}); what checkpoint.pt has counts")
 
 
 def fingerprint(data, config):
@@ -169,16 +206,18 @@ def locked(folder):
 
 
 @contextmanager
-def new_folder(config, net):
+def new_folder(config, net, settings=MappingProxyType({})):
     """A folder that no other run has or gets, claimed as long as the block runs: config["out"], or
     runs/NAME, runs/NAME-2, ...  It holds config.json and checkpoint.pt; config["out"] is its path.
-    The first of many processes makes it."""
+    settings: {name: Setting}; those without their default value are part of NAME. The first of many
+    processes makes it."""
     if ranks()[0]:
         config["out"] = from_first(None)
         yield
         return
     what = Path(config["dataset"]).stem, config["net"], config["relax"], config["opt"]
-    folder = _create(Path(config["out"])) if config["out"] else _create_first("-".join(what))
+    name = "-".join([*what, *told_apart(config, settings)])
+    folder = _create(Path(config["out"])) if config["out"] else _create_first(name)
     with locked(folder):
         if any(folder.iterdir()):           # another run was here between its making and its lock
             raise InputError(f"--out {folder} exists already; name another folder, or delete it")
@@ -186,6 +225,28 @@ def new_folder(config, net):
         write_config(folder, config)
         save_checkpoint(folder, net, config)
         yield
+
+
+# Settings that no name of a folder tells: those it has anyway, and those of size, place and speed.
+UNTOLD = {"dataset", "net", "relax", "opt", "epochs", "ramp", "milestones", "members",
+          "skip_stable", "device", "data_dir", "subset", "validation", "test_subset", "out",
+          "resume"}
+
+
+def told_apart(config, settings):
+    """What makes a run different from others by the same method, as in ["sigma0.03", "seed1"]."""
+    if not settings:
+        return []
+    usual = defaults(settings, dataset_kind(config["dataset"]), config["opt"])
+    usual["eps_train"] = config["eps"]
+    words = []
+    for name in settings:
+        value = config.get(name, usual[name])
+        if name not in UNTOLD and value != usual[name]:
+            no = "no-" * (value is False)
+            text = f"{value:.4g}" if type(value) in (int, float) else str(value)
+            words.append(no + name.replace("_", "-") + text * (type(value) is not bool))
+    return words
 
 
 def _create(out):

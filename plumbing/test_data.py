@@ -158,7 +158,8 @@ def test_cifar_as_torchvision_leaves_it_is_the_same(tmp_path, zipped, form, caps
     (lambda x, y: pickle.dumps({"data": x.tolist(), "labels": y}), "no arrays of images"),
     (lambda x, y: pickle.dumps([x, y]), "no arrays of images"),
     (lambda x, y: python2_pickle(x, y)[:-7], "is no batch of CIFAR-10"),
-    (lambda x, y: pickle.dumps({"data": x, "labels": y, "c": os.system}, 2), "system', which is never imported")])
+    (lambda x, y: pickle.dumps({"data": x, "labels": y, "c": os.system}, 2),
+     "system', which is never imported")])
 def test_batches_that_are_none(tmp_path, change, message):
     fake_cifar_python(tmp_path, False, dump=change)
     with pytest.raises(InputError, match=message) as error:

@@ -1,8 +1,10 @@
 """The file of verdicts: JSON lines, sealed by checksums, written as soon as each is known.
 
-The first line has the settings; a file is continued with the same settings only. With many
-processes each writes a file of its own, PATH.1, PATH.2, ..., which the first gathers into PATH.
+The first line has the settings; a file is continued with the same settings only, wherever it, the
+run or the images are now: these are known by their checksums. With many processes each writes a
+file of its own, PATH.process1, PATH.process2, ..., which the first gathers into PATH.
 """
+import glob
 import itertools
 import json
 import math
@@ -44,14 +46,15 @@ def open_log(path, header, read=dict):
     if path.stat().st_size:
         lines = path.read_bytes().split(b"\n")[:-1]            # what ends in a newline is complete
         try:
-            same = bool(lines) and unsealed(lines[0]) == header
-            for row in map(unsealed, lines[1:] if same else []):
+            other = differences(unsealed(lines[0]), header) if lines else ""
+            for row in map(unsealed, [] if other else lines[1:]):
                 known[row["index"]] = read(row)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            same = False
-        if lines and not same:
-            raise InputError(f"{path} holds other results, or is damaged; choose another file with "
-                             "--out, or delete it")
+            raise InputError(f"{path} is damaged, or no file of verdicts; choose another file with "
+                             "--out, or delete it") from None
+        if other:
+            raise InputError(f"{path} holds other results: {other}. Go on with what it has, choose "
+                             "another file with --out, or delete it")
         with open(path, "r+b") as f:
             f.truncate(sum(len(line) + 1 for line in lines))
     if not path.stat().st_size:
@@ -59,9 +62,19 @@ def open_log(path, header, read=dict):
     return known, file
 
 
+def differences(there, here):
+    """What makes the verdicts of a file those of other settings than here; "" if nothing does. What
+    a run is called does not."""
+    keys = [k for k in {**there, **here} if k != "run" and there.get(k) != here.get(k)]
+    words = dict(network="it is of other weights (perhaps the run was trained on since)",
+                 images="it is of other images")
+    return ", ".join(words.get(k) or f"{k} is {there.get(k)} there, {here.get(k)} here"
+                     for k in keys)
+
+
 def merge(path, header, known, file, read=dict):
-    """Move the verdicts of other processes, path.1, path.2, ..., into those of the first."""
-    for part in sorted(path.parent.glob(path.name + ".[0-9]*")):
+    """Move the verdicts of other processes, path.process1, ..., into those of the first."""
+    for part in sorted(path.parent.glob(glob.escape(path.name) + ".process[0-9]*")):
         more, handle = open_log(part, header, read)
         with handle:
             known |= more
@@ -83,7 +96,7 @@ def open_share(path, header, n, read=dict):
         if world > 1:
             dist.broadcast_object_list(todo, src=0)
         if rank:
-            _, file = open_log(path.with_name(f"{path.name}.{rank}"), header, read)
+            _, file = open_log(path.with_name(f"{path.name}.process{rank}"), header, read)
     except OSError as e:
         raise InputError(f"--out {path} cannot be written ({e})") from None
     return known, file, todo[0][rank::world]
@@ -130,8 +143,9 @@ def write_verdicts(path, header, labels, certify, read, title):
 
 
 def points_of(path):
-    """The folder of the counterexamples to the verdicts in path."""
-    return path.with_suffix(".counterexamples")
+    """The folder of the counterexamples to the verdicts in path. Its name goes on where that of the
+    file ends: so no two files share one."""
+    return path.with_name(path.name + ".counterexamples")
 
 
 def write_down(v, index, label, file, points):
