@@ -698,7 +698,8 @@ def certify_run(net, config, data, folder, args, device):
     title = (f"{folder}: {config['net']} trained by {config['relax']}, {config['opt']}; "
              f"eps {eps:.4g}; {n} test images")
     labels = data.y_test[:n].tolist()
-    verdicts = write_verdicts(path, header, labels, certify_some, verdict_of, title)
+    verdicts = write_verdicts(path, header, labels, certify_some, verdict_of, title,
+                              batch=args.batch_size)
     if ranks()[0] == 0:
         print("\n".join(summary([verdicts[i] for i in range(n)], settings["stages"])))
 

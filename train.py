@@ -28,10 +28,12 @@ from plumbing.console import (InputError, Progress, Setting, count, defaults, he
                               show_training, table, unit, warn_without_effect)
 from plumbing.data import (augment, by_data, dataset_kind, dataset_name, hold_out, load_dataset,
                            statistics_of)
+from plumbing.evaluations import comparison, write_evaluation
 from plumbing.processes import average, members_of_each, parts_of, process_group, ranks, summed
 from plumbing.rounding import ball, check_finite, first_not_finite, in_float64
-from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, locked,
-                           new_folder, read_checkpoint, recording, restored, run_folder)
+from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, is_finished,
+                           locked, new_folder, read_checkpoint, recording, restored, run_folder)
+from plumbing.timing import lengths_of, seconds_at
 from relaxations import RELAXATIONS, margin_lower_bounds, preactivation_bounds
 
 # --------------------------------------------------------------------------------------- settings
@@ -76,7 +78,8 @@ SETTINGS = {
                      "here: the size of cnn3's smaller initial weights; on digits 0.001 to 0.03 do "
                      "as well, 0.1 spoils (README, figure 4)"),
     "samples": Setting(dict(grad=1, rgs=2, pgpe=64), count(1),
-                       "rgs, pgpe: loss evaluations in a step", "here: an antithetic pair; 32 pairs"),
+                       "rgs, pgpe: loss evaluations in a step",
+                       "here: an antithetic pair; 32 pairs"),
     "antithetic": Setting(True, bool, "rgs: perturb by eps and by -eps, as pgpe always does",
                           "here: cancels the odd part of the noise, for free"),
     "parts": Setting(1, count(1), "rgs, pgpe: parts of a minibatch; a sample, or pair, sees one"),
@@ -130,7 +133,12 @@ def parse_config(argv=None):
     only what it gives, since a run keeps its settings."""
     parser = parser_of(SETTINGS, "train.py", "Train a certifiably robust network, with or without "
                        "Gaussian loss smoothing.")
+    parser.add_argument("--compare", nargs="+", type=run_folder, metavar="RUN", help="only print a "
+                        "table of finished runs: what they differ in, and their accuracies")
     given = vars(parser.parse_args(argv))
+    if "compare" in given:
+        refuse_others(parser, given, "compare")
+        return given
     if "resume" in given:
         refuse_others(parser, given, "resume", "dataset", "data_dir", "device")
         return given
@@ -553,14 +561,24 @@ def take_step(net, theta, optimizer, sigma, x, y, eps, config, *, noise, where="
     return sigma, torch.stack([value, average(certified, theta), norm])
 
 
-def train(net, x, y, config, device, folder, show=print, training=None):
+def trial(net, x, y, config, device):
+    """A gradient estimate at a fraction of the radius, as a function of that; it changes nothing
+    and is for its time, with a quarter of a minibatch."""
+    n, theta = max(16, config["batch_size"] // 4), parameters_to_vector(net.parameters()).detach()
+    x, y = x[:n].to(device), y[:n].to(device)
+    sigma, noise = torch.tensor(config["sigma"], device=device), torch.Generator(device)
+    return lambda full: estimate(losses_of_step(net, x, y, full * config["eps_train"], config),
+                                 theta, sigma, config, noise)[0].item()
+
+
+def train(net, x, y, config, device, folder, show=print, training=None, *, seconds=None):
     """Train net on images x and labels y, by the settings in config (see SETTINGS).
 
     Returns the rows of log.csv, which it writes into folder, as checkpoint.pt (plumbing/runs.py).
     Two generators seeded with config["seed"] draw all random numbers: one batches, one noise.
     training: as load_run returns it with net, to continue; the weights in the end are, bit by bit,
-    those of a run that never stopped. Raises FloatingPointError where numbers cease to be finite,
-    Interrupted after a signal.
+    those of a run that never stopped. seconds: of steps, see plumbing/timing.py. Raises
+    FloatingPointError where numbers cease to be finite, Interrupted after a signal.
     """
     theta = parameters_to_vector(net.parameters()).detach().clone()
     vector_to_parameters(theta, net.parameters())      # as views: net follows theta from here on
@@ -577,7 +595,9 @@ def train(net, x, y, config, device, folder, show=print, training=None):
     size = config["batch_size"]
     steps = -(-len(x) // size)
     ramp = config["ramp"] * steps or 1                       # without one, full from the first step
-    with recording(folder, net, config, now, len(x), show, **generators) as record:
+    lengths = lengths_of([eps_at((i + 1) / ramp, 1.0) for i in range(config["epochs"] * steps)],
+                         seconds)
+    with recording(folder, net, config, now, len(x), show, lengths, **generators) as record:
         while now["done"] < config["epochs"] * steps:
             epoch, step = divmod(now["done"], steps)
             if step == 0:
@@ -619,6 +639,8 @@ def new_run(config, data, device):
 
 def main(argv=None):
     config = parse_config(argv)
+    if "compare" in config:
+        return print("\n".join(comparison(config["compare"])))
     resumed, training = config.pop("resume", None), None
     with ExitStack() as stack:
         if resumed:
@@ -639,9 +661,13 @@ def main(argv=None):
 def train_and_show(net, config, training, data, device):
     """Train, from the start or from where training was, and print the table of the test images."""
     show = Progress()
-    print(header(config, data, net))
+    print(header(config, data, net), flush=True)
     x, y = data.x_train[:config["subset"]], data.y_train[:config["subset"]]
-    rows = train(net, x, y, config, device, config["out"], show, training)
+    seconds = None
+    if config["ramp"] and not is_finished(config, training):
+        show("measuring how long a step takes")
+        seconds = seconds_at(trial(net, x, y, config, device))
+    rows = train(net, x, y, config, device, config["out"], show, training, seconds=seconds)
     if ranks()[0]:
         return                                         # the first process shows the rest
     if rows:
@@ -649,6 +675,7 @@ def train_and_show(net, config, training, data, device):
     n = config["test_subset"]
     x, y = data.x_test[:n].to(device), data.y_test[:n].to(device)
     result = evaluate(net, x, y, config["eps"], progress=show)
+    write_evaluation(config["out"], result, config)
     show.done(f"{len(x)} test images, eps {config['eps']:.4g}:")
     print("\n".join(table(result)))
     print(f"to certify it sample by sample:  python certify.py {config['out']}")

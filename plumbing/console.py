@@ -155,14 +155,15 @@ def count(low, high=10 ** 9):
 # --------------------------------------------------------------------------------------- printing
 
 class Progress:
-    """One line that rewrites itself on a terminal; elsewhere a line at most every few seconds."""
+    """One line that rewrites itself on a terminal; elsewhere a line at most every 10 seconds, but
+    every 3 in the first minute."""
 
-    def __init__(self, every=10.0):
-        self.terminal, self.last = sys.stdout.isatty(), 0.0
-        self.every = 0.2 if self.terminal else every
+    def __init__(self):
+        self.terminal, self.last, self.begun = sys.stdout.isatty(), 0.0, time.time()
 
     def __call__(self, line, force=False):
-        if force or time.time() - self.last >= self.every:
+        every = 0.2 if self.terminal else 3.0 if time.time() < self.begun + 60 else 10.0
+        if force or time.time() - self.last >= every:
             print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n",
                   flush=True)
             self.last = time.time()
@@ -185,13 +186,16 @@ def header(config, data, net):
 
 def show_training(rows, config, show):
     """The end of the log in one line, and a warning if nothing was learnt."""
-    last, guessing = rows[-1], math.log(config["classes"])
+    last, classes = rows[-1], config["classes"]
+    guessing = math.log(classes)
     show.done(f"trained {len(rows)} epochs in {duration(last['seconds'])}: loss "
               f"{last['loss']:.4f}, {100 * last['certified']:.1f} % certified in training")
     if config["ramp"] < config["epochs"] and last["loss"] > 0.98 * guessing:
-        print(f"warning: the loss is that of guessing, ln {config['classes']} = {guessing:.3f}; "
-              "try a longer --ramp, a smaller --eps-train or --lr, or --relax box",
-              file=sys.stderr)
+        more = last["loss"] / guessing - 1
+        what = "about that" if more < 0.05 else f"{100 * more:.0f} % above that" if more < 1 else \
+            f"{more + 1:.3g} times that"
+        warn(f"the loss, {last['loss']:.4g}, is {what} of guessing, ln {classes} = {guessing:.3f}; "
+             "try a longer --ramp, a smaller --eps-train or --lr, or --relax box")
 
 
 TITLES = {"natural": "natural accuracy", "attack": "under attack (PGD)",

@@ -268,6 +268,7 @@ def _read_idx(path, file):
 def _read_cifar(data_dir):
     """x_train, y_train, x_test, y_test; of the six files one at a time is in memory, if they are
     unpacked, since the images as float32 fill 740 MB."""
+    print(f"reading CIFAR-10 in {data_dir}", flush=True)                       # it takes seconds
     place, names, files = _find_cifar(data_dir)
     arrays, checksums = [], []
     for group in (names[:5], names[5:]):
@@ -380,6 +381,8 @@ def check_zip(archive, path):
 def _read_npz(path):
     keys = ["x_train", "y_train", "x_test", "y_test"]
     try:
+        if path.stat().st_size > 2 ** 25:
+            print(f"reading {path}", flush=True)                               # it takes seconds
         with zipfile.ZipFile(path) as archive:
             check_zip(archive, path)
         with np.load(path, allow_pickle=False) as file:
@@ -400,7 +403,7 @@ def _read_npz(path):
 
 def _download(urls, target, md5, by_hand):
     """Fetch the first of urls that answers and has the right MD5, under a temporary name first."""
-    problems, show = [], Progress(every=3.0)
+    problems, show = [], Progress()
     for url in urls:
         temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:

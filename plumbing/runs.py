@@ -26,6 +26,7 @@ import torch
 from plumbing.console import InputError, Interrupted, defaults, duration, warn
 from plumbing.data import check_zip, dataset_kind, hold_out, load_dataset
 from plumbing.processes import any_process, check_agreement, from_first, ranks
+from plumbing.timing import time_left
 
 CHECKPOINT = 2           # version of the checkpoint's layout
 SAVE_EVERY = 60.0        # seconds, and after each epoch
@@ -311,11 +312,11 @@ def write_log(folder, rows):
     write_whole(Path(folder) / "log.csv", text.getvalue().encode())
 
 
-def progress_line(now, epoch, step, steps, config, eps, numbers):
-    """One line while it runs; epoch and step, of so many, count from 1."""
-    left = now["seconds"] / now["done"] * (config["epochs"] * steps - now["done"])
+def progress_line(now, epoch, step, steps, config, eps, numbers, left):
+    """One line while it runs; epoch and step, of so many, count from 1; left: seconds."""
     rate = step * config["batch_size"] / (now["seconds"] - now["began"])
-    return (f"epoch {epoch}/{config['epochs']}  batch {step}/{steps}  eps {eps:.4f}  "
+    of_full = f" of {config['eps_train']:.2g}" * (eps < config["eps_train"])
+    return (f"epoch {epoch}/{config['epochs']}  batch {step}/{steps}  eps {eps:.2g}{of_full}  "
             f"loss {numbers[0]:.4f}  certified {100 * numbers[1]:.1f} %  {rate:.0f} samples/s  "
             f"{duration(left)} left")
 
@@ -330,6 +331,8 @@ def requests_to_stop():
         if requests:
             raise KeyboardInterrupt
         requests.append(number)
+        if ranks()[0] == 0:                         # print may be what the signal has interrupted
+            os.write(2, b"\nfinishing this batch; once more ends at once\n")
 
     requests = []
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -341,18 +344,19 @@ def requests_to_stop():
 
 
 @contextmanager
-def recording(folder, net, config, now, n, show, **generators):
+def recording(folder, net, config, now, n, show, lengths, **generators):
     """Yields a function to call after each step, record(epoch, step, eps, numbers, images): it
     counts, shows, logs, saves, and stops.
 
     net, now (see at_start) and generators, which are the optimiser and the generators, are what is
     saved: after each epoch over n images, every SAVE_EVERY seconds, and before it stops. That is
     once a signal has asked any of many processes to, and by raising Interrupted in all; the first
-    of them saves. epoch and step count from 0; numbers: (3,), the loss, the certified fraction and
-    the gradient norm of so many images.
+    of them saves. lengths: of all steps, see time_left. epoch and step count from 0; numbers: (3,),
+    the loss, the certified fraction and the gradient norm of so many images.
     """
     size, begun, saved = config["batch_size"], time.time() - now["seconds"], time.time()
     steps, how = -(-n // size), f"python train.py --resume {folder}"
+    left = time_left(lengths, now["done"])
 
     def save():
         if ranks()[0] == 0:
@@ -367,8 +371,9 @@ def recording(folder, net, config, now, n, show, **generators):
             now.update(began=now["seconds"], totals=torch.zeros_like(numbers))
         now["done"] += 1
         now["totals"] += numbers * images
-        now["seconds"] = time.time() - begun
-        show(progress_line(now, epoch + 1, step + 1, steps, config, eps, numbers))
+        before, now["seconds"] = now["seconds"], time.time() - begun
+        show(progress_line(now, epoch + 1, step + 1, steps, config, eps, numbers,
+                           left(now["seconds"] - before)))
         whole_epoch = step + 1 == steps
         if whole_epoch:
             lr = generators["optimizer"].param_groups[0]["lr"]
@@ -396,6 +401,10 @@ def at_start(sigma):
     """
     return dict(done=0, seconds=0.0, began=0.0, order=None, rows=[], sigma=sigma,
                 totals=torch.zeros(3, device=sigma.device))
+
+
+def is_finished(config, training):
+    return bool(training) and len(training.get("rows") or []) >= config["epochs"]
 
 
 def restored(training, start, **generators):

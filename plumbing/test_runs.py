@@ -241,10 +241,12 @@ def test_progress_and_the_log_by_hand():
     """After 5 of 12 steps in 10 s, of which 2 of 3 steps, 8 images each, since second 4."""
     now = dict(done=5, seconds=10.0, began=4.0, sigma=torch.tensor([0.1, 0.3]),
                totals=torch.tensor([40.0, 10.0, 60.0]))
-    config = dict(epochs=4, batch_size=8)
-    line = runs.progress_line(now, 2, 2, 3, config, 0.05, torch.tensor([2.5, 0.75, 1.0]))
-    assert line == ("epoch 2/4  batch 2/3  eps 0.0500  loss 2.5000  certified 75.0 %  3 samples/s  "
-                    "0:00:14 left")
+    config = dict(epochs=4, batch_size=8, eps_train=2 / 255)
+    numbers = torch.tensor([2.5, 0.75, 1.0])
+    line = runs.progress_line(now, 2, 2, 3, config, 3.14e-12, numbers, 14.4)
+    assert line == ("epoch 2/4  batch 2/3  eps 3.1e-12 of 0.0078  loss 2.5000  certified 75.0 %  "
+                    "3 samples/s  0:00:14 left")
+    assert "  eps 0.0078  " in runs.progress_line(now, 2, 2, 3, config, 2 / 255, numbers, 14.4)
     row = runs.log_row(now, 2, 0.05, 0.01, 20)
     assert row == pytest.approx(dict(epoch=2, eps=0.05, lr=0.01, sigma=0.2, loss=2, certified=0.5,
                                      gradient=3, seconds=10, samples_per_s=20 / 6))
@@ -289,7 +291,8 @@ def test_an_edited_config_is_named_and_the_checkpoint_counts(tmp_path, capsys):
     path = tmp_path / "renamed/config.json"
     path.write_text(path.read_text().replace('"epochs": 1', '"epochs": 7'))
     assert command(train.main, "--resume", tmp_path / "renamed") == 0
-    assert "edited (epochs 7 instead of 1); what checkpoint.pt has counts" in capsys.readouterr().err
+    words = "edited (epochs 7 instead of 1); what checkpoint.pt has counts"
+    assert words in capsys.readouterr().err
     assert all(torch.equal(t, before[k]) for k, t in weights(tmp_path / "renamed").items())
 
 

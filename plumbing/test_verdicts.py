@@ -81,7 +81,7 @@ def test_verdicts_of_other_weights_are_not_those_of_the_run(tmp_path, capsys, mo
     assert command(certify.main, run, "--stages", "box") == 0          # the same: continued
     assert command(train.main, "--resume", run) == 0
     assert command(certify.main, run, "--stages", "box") == 2
-    assert "it is of other weights (perhaps the run was trained on since)" in capsys.readouterr().err
+    assert "of other weights (perhaps the run was trained on since)" in capsys.readouterr().err
 
 
 def test_fuzzed_verdicts(tmp_path):

@@ -113,13 +113,14 @@ def gather(path, header, known, file, read=dict):
         merge(path, header, known, file, read)
 
 
-def write_verdicts(path, header, labels, certify, read, title):
+def write_verdicts(path, header, labels, certify, read, title, *, batch=1):
     """The verdicts {index: verdict} of the samples with these labels, each written to path as soon
     as it is known; those of path, if it has the same header, are known already.
 
     certify(indices, report) calls report(verdict) for each of the samples, verdict.index being its
-    place in indices; read(row) is the verdict of a row. With many processes each takes its share,
-    and only the first returns them all. Raises InputError.
+    place in indices; read(row) is the verdict of a row. batch: samples bounded together, before the
+    first of them is reported. With many processes each takes its share, and only the first returns
+    them all. Raises InputError.
     """
     n, points = len(labels), points_of(path)
     known, file, todo = open_share(path, header, n, read)
@@ -132,7 +133,7 @@ def write_verdicts(path, header, labels, certify, read, title):
         write_down(v, i, labels[i], file, points)
         counts = Counter(v.status for v in known.values())
         shown = "  ".join(f"{counts[status]} {status}" for status in STATUSES)
-        left = (time.time() - begun) / done * (len(todo) - done)
+        left = seconds_left(time.time() - begun, done, len(todo), batch)
         show(f"{len(known)}/{n}  {shown}  {duration(left)} left")
 
     with file:
@@ -140,6 +141,13 @@ def write_verdicts(path, header, labels, certify, read, title):
         gather(path, header, known, file, read)
     show.done(f"verdicts in {path}, counterexamples in {points}:")
     return known
+
+
+def seconds_left(spent, done, n, batch):
+    """Of n samples, of which so many are done. The rest of their batch has been attacked and
+    bounded, too, which counts as half of the work."""
+    seen = min(n, -(-done // batch) * batch)
+    return spent * (2 * n / (done + seen) - 1)
 
 
 def points_of(path):
