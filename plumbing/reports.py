@@ -106,7 +106,8 @@ def parse_args(argv, stages, settings):
                    "torch.save wrote, of the network --net for the images --dataset")
     p.add_argument("--net", choices=settings["net"].limits, help="with --weights: the network")
     p.add_argument("--dataset", type=settings["dataset"].limits,
-                   help="with --weights: " + settings["dataset"].meaning)
+                   help="PATH.npz, if the run's has moved; with --weights: "
+                   + settings["dataset"].meaning)
     p.add_argument("--samples", type=count(1), help="first N test images; default: the run's")
     p.add_argument("--validation", type=count(0), help="certify the last N training images, not "
                    "those of the test; 0: those of the test; default: the run's")
@@ -124,8 +125,8 @@ def parse_args(argv, stages, settings):
     p.add_argument("--out", help="JSON lines, one verdict each; default: certify-epsEPS.jsonl in "
                    "the run folder, or beside FILE")
     args = p.parse_args(argv)
-    foreign = [args.weights, args.net, args.dataset]
-    if any(foreign) and (args.run or not all(foreign)):
+    foreign = args.weights or args.net
+    if foreign and (args.run or not (args.weights and args.net and args.dataset)):
         p.error("argument --weights: takes --net and --dataset, and no run folder; a run keeps its "
                 "own")
     if args.out and len(args.eps or ()) > 1:
