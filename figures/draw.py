@@ -1,9 +1,10 @@
-"""The figures of the pages, from the results and from the loss itself. Needs matplotlib.
+"""Pictures of runs; and the figures of the pages, from the results and from the loss itself.
 
-    python figures/draw.py              all of them, into figures/*.svg (10 minutes of one core)
-    python figures/draw.py 1 3          some
+    python figures/draw.py RUN [RUN ...]    pictures of run folders, into them (see pictures.py)
+    python figures/draw.py                  all figures, into figures/*.svg (10 minutes of one core)
+    python figures/draw.py 1 3              some
 
-Figures 1, 2, 3 and 7 compute what they show here; 4, 5 and 6 read the digits of results/, which
+Needs matplotlib. Figures 1, 2, 3 and 7 compute what they show here; 4, 5 and 6 read the digits of results/, which
 figures/experiments.py writes.
 """
 import argparse
@@ -17,8 +18,10 @@ import torch.nn as nn
 
 import experiments                                  # first: it puts the checkout on the path
 import gls
+import pictures
 import tables
 import train
+from plumbing.console import run
 from relaxations import margin_lower_bounds
 
 matplotlib.use("svg")
@@ -35,7 +38,8 @@ GREYS = {0.0: "#d55e00", 0.05: "#b8b8b8", 0.15: "#777777", 0.4: "#000000"}
 
 
 def save(figure, name):
-    path = Path(__file__).parent / f"{name}.svg"
+    """name: of a figure of the pages, or a path."""
+    path = name if isinstance(name, Path) else Path(__file__).parent / f"{name}.svg"
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     print(path)
@@ -90,7 +94,8 @@ def figure_1():
                 values[1:][np.abs(np.diff(values)) > 0.1] = np.nan
             ax.plot(ts, values, color=color, lw=2.2 if sigma == 0 else 1.4,
                     label="the loss itself" if sigma == 0 else f"smoothed, sigma = {sigma:g}")
-        ax.set(title=NAME[relax], xlabel="bias b of the first neuron")
+        ax.set(title=NAME[relax], xlabel="bias b of the first neuron",
+               xticks=np.linspace(-1, 1, 5))         # more would touch each other
     axes[0].set_ylabel("worst-case cross-entropy (bound)")
     axes[0].legend()
     save(fig, "1-jump")
@@ -313,9 +318,22 @@ def figure_7(lines=4, points=81, samples=32, reach=0.1):
     save(fig, "7-surface")
 
 
+FIGURES = figure_1, figure_2, figure_3, figure_4, figure_5, figure_6, figure_7
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("which", nargs="*", metavar="RUN or NUMBER", help="run folders, or figures")
+    p.add_argument("--data-dir", help="of the runs' images; default: theirs")
+    args = p.parse_args(argv)
+    numbers = [str(n) for n in range(1, len(FIGURES) + 1)]
+    folders = [which for which in args.which if which not in numbers]
+    if folders:
+        pictures.draw_runs(folders, save, args.data_dir)
+    for n in args.which or numbers:
+        if n in numbers:
+            FIGURES[int(n) - 1]()
+
+
 if __name__ == "__main__":
-    p = argparse.ArgumentParser()
-    p.add_argument("which", nargs="*", type=int)
-    figures = (figure_1, figure_2, figure_3, figure_4, figure_5, figure_6, figure_7)
-    for n in p.parse_args().which or range(1, 8):
-        figures[n - 1]()
+    run(main)
