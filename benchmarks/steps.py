@@ -110,7 +110,7 @@ def main():
     commit = subprocess.run(["git", "-C", peer, "describe", "--always", "--dirty"],
                             capture_output=True, text=True).stdout.strip()
     ask = {"here": started(str(HERE), args.threads), "there": started(peer, args.threads)}
-    results = []
+    results, machine = [], common.machine("cpu")                 # as it is when the sides begin
     print("by the log, and by CPU seconds" + "".join(f"{side:>22}, ms" for side in SIDES)
           + "   RGS / gradient: in parts      there   times faster")
     for relax in args.relax:
@@ -120,7 +120,7 @@ def main():
                        for s in SIDES)
         print(f"{relax:30}{both}" + "".join("{:10.2f}{:6.2f}".format(*r[k]) for k in (
             "to_gradient", "there_to_gradient", "faster")), flush=True)
-        common.write(args.out, **common.machine("cpu"), peer=commit, results=results)
+        common.write(args.out, **machine, peer=commit, results=results)
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def measured(name):
     lines = ["```text"]
     for file in files:
         run = benchmark(file)
-        command = re.sub(r"(--data-dir|--checkout) \S+", r"\1 DIR", run["command"])
+        command = re.sub(r"(--data-dir|--checkout|--peer) \S+", r"\1 DIR", run["command"])
         command = re.sub(r"--out \S+", f"--out results/benchmarks/{file}.json", command)
         lines.append(f"{command}      # at {run['commit'][:7]}, {run['device']}, "
                      f"{run['threads']} threads, torch {run['torch']}")
@@ -276,6 +276,18 @@ def rgs_steps(name):
         lines.append(f"| {DATA[r['dataset']]} {r['net']}, {r['batch']} | {NAME[r['relax']]} | "
                      + " | ".join(f"{1e3 * median(t):.0f}" for t in r["times"].values())
                      + f" | **{r['ratio']:.2f}** |")
+    return lines
+
+
+def parts(name):
+    """Rows of benchmarks/steps.py: ratios by the log and, in brackets, by CPU seconds."""
+    lines = ["| bounds | CPU ms of a step: gradient | RGS in 2 parts | RGS, whole, there | RGS in "
+             "parts / gradient | RGS there / gradient | times as fast as there |", "|" + "---|" * 7]
+    for r in benchmark(name)["results"]:
+        columns = [NAME[r["relax"]], *(f"{1e3 * median(t):.0f}" for t in r["cpu"].values()),
+                   *("{:.2f} (**{:.2f}**)".format(*r[k]) for k in ("to_gradient",
+                                                                  "there_to_gradient", "faster"))]
+        lines.append("| " + " | ".join(columns) + " |")
     return lines
 
 
@@ -354,8 +366,8 @@ def log(_):
 
 TABLES = {"results": results_table, "differences": differences, "source": source,
           "sweeps": sweeps, "variants": variants, "summary": summary, "speed": speed,
-          "measured": measured, "population": population, "rgs": rgs_steps, "growth": growth,
-          "fits": fits, "scaling": scaling, "reach": reach, "gaps": gaps, "again": again,
+          "measured": measured, "population": population, "rgs": rgs_steps, "parts": parts,
+          "growth": growth, "fits": fits, "scaling": scaling, "reach": reach, "gaps": gaps, "again": again,
           "heart": heart, "log": log}
 PAGES = [experiments.ROOT / page for page in ("README.md", "docs/runs.md", "results/README.md",
                                               "benchmarks/README.md")]
