@@ -73,6 +73,8 @@ PGPE_LONG = MNIST | HELD_OUT | {"net": "small", "subset": 3200, "epochs": 12, "r
 
 
 IN_PARTS = [({"parts": 2}, [("box", "rgs"), ("deeppoly", "rgs")])]   # RGS at a gradient's price
+MORE_PAIRS = [({"samples": 512, "parts": 8, "lr": 0.03},     # PGPE with as many evaluated images
+               [(r, "pgpe") for r in ("box", "crown-ibp", "deeppoly")])]
 
 
 def rates(*lrs, **others):
@@ -95,7 +97,7 @@ TABLES = {
                           + [(r, "pgpe") for r in ("box", "crown-ibp")]),
                 "samples": ((2, 4, 8), [("box", "rgs"), ("deeppoly", "rgs")]),
                 "eps-train": ((0.1, 0.12), [("box", "grad"), ("box", "rgs")])},
-        sweep_seeds=3),
+        sweep_seeds=3, variants=MORE_PAIRS),
     # Four times as long, for PGPE, which needs it. One learning rate for all, with which box by
     # PGPE did better on the held-out images than with 0.03 (plain box, above, was tuned to 0.03).
     "digits-long": dict(
@@ -105,7 +107,7 @@ TABLES = {
         sweep_seeds=3,
         tries=rates(0.01, sigma=0.01, alpha=0.1, lam=0.4)
         + rates(0.01, sigma=0.03, alpha=0.03, lam=0.2),
-        sweeps={"samples": ((16, 256), [("box", "pgpe")])}, variants=IN_PARTS),
+        sweeps={"samples": ((16, 256), [("box", "pgpe")])}, variants=IN_PARTS + MORE_PAIRS),
     "mnist-small-0.1": dict(
         common={"dataset": "mnist", "net": "small", "subset": 10000, "epochs": 6, "ramp": 2,
                 "milestones": (4, 5), "batch-size": 64},
@@ -314,6 +316,7 @@ def run_cell(words, certify_words, data_dir):
 def run(name, file, cells, table, args, tuning=False):
     """Run the cells that file does not have yet, and append them to it."""
     known = {cell["train"] for cell in read(file)}
+    cells = [cell for cell in cells if cell[0][0] in (args.relax or cell[0])]
     machine = dict(commit=commit(), processor=processor(), threads=1, jobs=args.jobs,
                    torch=str(torch.__version__))
     todo = {}
@@ -358,6 +361,7 @@ def main():
     p.add_argument("name", choices=TABLES)
     p.add_argument("--part", choices=("tune", "table", "sweeps", "variants"), nargs="*",
                    default=["table", "sweeps", "variants"])
+    p.add_argument("--relax", nargs="*", help="only cells with these")
     p.add_argument("--jobs", type=int, default=os.cpu_count())
     p.add_argument("--data-dir", default=str(ROOT / "data"))
     args = p.parse_args()
