@@ -73,7 +73,7 @@ PGPE_LONG = MNIST | HELD_OUT | {"net": "small", "subset": 3200, "epochs": 12, "r
 
 
 IN_PARTS = [({"parts": 2}, [("box", "rgs"), ("deeppoly", "rgs")])]   # RGS at a gradient's price
-MORE_PAIRS = [({"samples": 512, "parts": 8, "lr": 0.03},     # PGPE with as many evaluated images
+MORE_PAIRS = [({"samples": 512, "parts": 8, "lr": 0.03, "sigma": 0.01},  # as many images evaluated
                [(r, "pgpe") for r in ("box", "crown-ibp", "deeppoly")])]
 
 
