@@ -4,8 +4,8 @@
     python figures/draw.py                  all figures, into figures/*.svg (10 minutes of one core)
     python figures/draw.py 1 3              some
 
-Needs matplotlib. Figures 1, 2, 3 and 7 compute what they show here; 4, 5 and 6 read the digits of
-results/, which figures/experiments.py writes; 8 does both.
+Needs matplotlib. Figures 1, 2, 3, 7 and 8 compute what they show here; 4, 5 and 6 read the digits
+of results/, which figures/experiments.py writes; 9 does both.
 """
 import argparse
 from pathlib import Path
@@ -22,6 +22,7 @@ import pictures
 import tables
 import train
 from plumbing.console import run
+from plumbing.data import load_dataset
 from relaxations import margin_lower_bounds
 
 matplotlib.use("svg")
@@ -108,7 +109,7 @@ def trained(relax="deeppoly", opt="grad", seed=0, **other):
     chosen = {**experiments.tuned("digits")[relax, opt], **other}
     words = experiments.command(experiments.TABLES["digits"], (relax, opt), seed, chosen)
     folder = experiments.train_cell(words, str(experiments.ROOT / "data"))
-    data = train.load_dataset("digits")
+    data = load_dataset("digits")
     return train.load_run(folder)[0], data.x_train[:128], data.y_train[:128]
 
 
@@ -226,7 +227,7 @@ def certified_radius(net, x, y, relax, steps=12):
 
 def figure_5():
     """Tightness is measured where no bound has trained: on networks trained against an attack."""
-    x, y = (t[:120] for t in train.load_dataset("digits")[2:4])
+    x, y = (t[:120] for t in load_dataset("digits")[2:4])
     attacked = [trained("mtl-ibp", "grad", seed, alpha=0.0, regularize=0.0)[0] for seed in range(3)]
     radii = {relax: [certified_radius(net, x, y, relax) for net in attacked]
              for relax in ("box", "crown-ibp", "deeppoly", "alpha-crown")}
@@ -318,7 +319,53 @@ def figure_7(lines=4, points=81, samples=32, reach=0.1):
     save(fig, "7-surface")
 
 
-# ------------------------------------------------------- 8: does the gain follow the roughness?
+# ------------------------------------------------- 8: how far an estimate is from the gradient
+
+IMAGES = {64: "#000000", 16: "#777777", 4: "#d55e00"}      # that one perturbed network sees
+COSTS = {"rgs": (64, 128, 256, 512, 1024), "pgpe": (1024, 2048, 4096, 16384)}
+
+
+def distance(grads, reference):
+    """Root mean square distance of gradients (n, D) to the reference, in units of its length."""
+    return ((grads - reference).square().sum(1).mean().sqrt() / reference.norm()).item()
+
+
+def figure_8(runs=8, sigma=0.01):
+    """One minibatch of 64 digits, a network after a quarter of its training. The reference is RGS
+    with 2,048 samples of the whole minibatch."""
+    net, x, y = trained("deeppoly", "rgs", epochs=10, ramp=4, milestones=(8, 9))
+    x, y = x[:64], y[:64]
+    theta = nn.utils.parameters_to_vector(net.parameters()).detach()
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.2), sharey=True)
+    for ax, relax in zip(axes, ("box", "crown-ibp", "deeppoly")):
+        g = torch.Generator().manual_seed(0)
+        losses = {n: [loss_of(net, *part, relax) for part in zip(x.split(n), y.split(n))]
+                  for n in IMAGES}
+        draws = {"rgs": lambda n, k: gls.rgs(losses[n], theta, sigma, k, g, True, chunk=64),
+                 "pgpe": lambda n, k: gls.pgpe(losses[n], theta, sigma, k // 2, g, chunk=64,
+                                               adapt=False)}
+        reference = draws["rgs"](64, 2048)[1]
+        of_gradient = distance(gls.gradient(losses[64][0], theta)[1][None], reference)
+        ax.axhline(of_gradient, color=COLOR[relax], lw=1, ls=":", label="plain gradient")
+        for opt, draw in draws.items():
+            for n, color in IMAGES.items():
+                costs = [c for c in COSTS[opt] if c >= 128 or n < 64]           # pairs need two
+                found = [distance(torch.stack([draw(n, c // n)[1] for _ in range(runs)]),
+                                  reference) for c in costs]
+                ax.plot(costs, found, f"{MARKER[opt]}-", color=color, ms=4, lw=1,
+                        label=f"{NAME[opt]}, {n} images a sample")
+                print(f"{relax} {opt} {n}: " + "  ".join(
+                    f"{c} {d:.3g}" for c, d in zip(costs, found)), flush=True)
+        print(f"{relax}: plain gradient {of_gradient:.3g}; gls.relative_error of RGS, 2 samples: "
+              f"{gls.relative_error(lambda: draws['rgs'](64, 2), 32):.3g}", flush=True)
+        ax.set(title=NAME[relax], xlabel="images evaluated for one estimate", xscale="log",
+               yscale="log")
+    axes[0].set_ylabel("distance to the smoothed gradient,\nin units of its length")
+    axes[2].legend(fontsize=6)
+    save(fig, "8-estimates")
+
+
+# ------------------------------------------------------- 9: does the gain follow the roughness?
 
 def own_loss(relax, seed):
     """(loss, weights) of a network of the digits table, trained by plain gradients of that loss."""
@@ -344,7 +391,7 @@ def rough_at_home(relax, seed, lines=6, points=81, reach=0.1, sigma=0.01):
     return jump, convexity, noise.item()
 
 
-def figure_8(seeds=2):
+def figure_9(seeds=2):
     """What RGS gained is read from the table of the digits, which has more seeds."""
     grid = tables.table_cells("digits")
     fig, axes = plt.subplots(1, 3, figsize=(9.5, 3), sharey=True)
@@ -365,10 +412,11 @@ def figure_8(seeds=2):
     axes[0].set_xscale("symlog", linthresh=1e-5)
     axes[0].set_ylabel("certified by RGS less\nby plain gradient, points")
     axes[2].legend(fontsize=7)
-    save(fig, "8-gain")
+    save(fig, "9-gain")
 
 
-FIGURES = figure_1, figure_2, figure_3, figure_4, figure_5, figure_6, figure_7, figure_8
+FIGURES = (figure_1, figure_2, figure_3, figure_4, figure_5, figure_6, figure_7, figure_8,
+           figure_9)
 
 
 def main(argv=None):

@@ -17,10 +17,12 @@ from itertools import combinations
 from statistics import mean, median, stdev
 
 import experiments                                  # first: it puts the checkout on the path
+import labels
 from plumbing.runs import LOG
 
 NAME = {"box": "box (IBP)", "crown-ibp": "CROWN-IBP", "deeppoly": "DeepPoly",
         "alpha-crown": "alpha-CROWN", "sabr": "SABR", "mtl-ibp": "MTL-IBP",
+        "staps": "STAPS", "taps": "TAPS",
         "grad": "grad", "rgs": "RGS", "pgpe": "PGPE"}
 CLAIMS = [  # (relax, opt) against (relax, opt)
     (("deeppoly", "grad"), ("box", "grad")), (("crown-ibp", "grad"), ("box", "grad")),
@@ -186,6 +188,26 @@ def sweeps(name):
     return lines
 
 
+def variants(name):
+    """Several settings changed together, for all seeds, and how far that is from the table."""
+    lines = ["| loss, gradient | changed | certified, % | seeds | less the table's | "
+             "standard error | p |", "|" + "---|" * 7]
+    best, table = experiments.tuned(name), table_cells(name)
+    for changed, methods in experiments.TABLES[name]["variants"]:
+        for m in methods:
+            found = [c for c in experiments.read(name) if (c["relax"], c["opt"]) == m
+                     and "failed" not in c and c["settings"] == {**best[m], **changed}]
+            columns = [", ".join(NAME[part] for part in m),
+                       ", ".join(f"{k} {v:g}" for k, v in changed.items()),
+                       spread(percent(found, "certified")) if found else "", str(len(found))]
+            if len(found) > 1:
+                runs = [percent(cells, "certified") for cells in (found, table[m])]
+                d, error = contrast(runs[:1], runs[1:])
+                columns += [f"{d:+.1f}", f"{error:.1f}", f"{permutation_test(*runs):.3f}"]
+            lines.append("| " + " | ".join(columns) + " |")
+    return lines
+
+
 CASE = {"digits": "CNN3 / digits", "cnn3": "CNN3 / MNIST", "cnn3-256": "CNN3 / MNIST",
         "cnn5": "CNN5 / CIFAR-10", "cnn7": "CNN7 / CIFAR-10", "init": "initial",
         "box": "trained by box", "deeppoly": "trained by DeepPoly"}
@@ -229,7 +251,7 @@ def measured(name):
     lines = ["```text"]
     for file in files:
         run = benchmark(file)
-        command = re.sub(r"(--data-dir|--checkout) \S+", r"\1 DIR", run["command"])
+        command = re.sub(r"(--data-dir|--checkout|--peer) \S+", r"\1 DIR", run["command"])
         command = re.sub(r"--out \S+", f"--out results/benchmarks/{file}.json", command)
         lines.append(f"{command}      # at {run['commit'][:7]}, {run['device']}, "
                      f"{run['threads']} threads, torch {run['torch']}")
@@ -256,6 +278,18 @@ def rgs_steps(name):
         lines.append(f"| {DATA[r['dataset']]} {r['net']}, {r['batch']} | {NAME[r['relax']]} | "
                      + " | ".join(f"{1e3 * median(t):.0f}" for t in r["times"].values())
                      + f" | **{r['ratio']:.2f}** |")
+    return lines
+
+
+def parts(name):
+    """Rows of benchmarks/steps.py: ratios by the log and, in brackets, by CPU seconds."""
+    lines = ["| bounds | CPU ms of a step: gradient | RGS in 2 parts | RGS, whole, there | RGS in "
+             "parts / gradient | RGS there / gradient | times as fast as there |", "|" + "---|" * 7]
+    for r in benchmark(name)["results"]:
+        columns = [NAME[r["relax"]], *(f"{1e3 * median(t):.0f}" for t in r["cpu"].values()),
+                   *("{:.2f} (**{:.2f}**)".format(*r[k]) for k in ("to_gradient",
+                                                                  "there_to_gradient", "faster"))]
+        lines.append("| " + " | ".join(columns) + " |")
     return lines
 
 
@@ -332,11 +366,17 @@ def log(_):
             *(f"| `{name}` | {meaning} |" for name, meaning in LOG.items())]
 
 
+def fields(_):
+    """What stands in a line of results/*.jsonl."""
+    return ["| field | meaning |", "|---|---|",
+            *(f"| `{name}` | {meaning} |" for name, meaning in labels.FIELDS.items())]
+
+
 TABLES = {"results": results_table, "differences": differences, "source": source,
-          "sweeps": sweeps, "summary": summary, "speed": speed, "measured": measured,
-          "population": population, "rgs": rgs_steps, "growth": growth, "fits": fits,
-          "scaling": scaling, "reach": reach, "gaps": gaps, "again": again, "heart": heart,
-          "log": log}
+          "sweeps": sweeps, "variants": variants, "summary": summary, "speed": speed,
+          "measured": measured, "population": population, "rgs": rgs_steps, "parts": parts,
+          "growth": growth, "fits": fits, "scaling": scaling, "reach": reach, "gaps": gaps,
+          "again": again, "heart": heart, "log": log, "fields": fields}
 PAGES = [experiments.ROOT / page for page in ("README.md", "docs/runs.md", "results/README.md",
                                               "benchmarks/README.md")]
 
@@ -349,5 +389,6 @@ def filled(text):
 
 
 if __name__ == "__main__":
+    labels.main()
     for page in PAGES:
         page.write_text(filled(page.read_text()))

@@ -1,7 +1,10 @@
 """Where rounding could decide: balls that are exact as floating-point numbers, and float64."""
+import math
 from copy import deepcopy
 
 import torch
+
+ROUNDING = 1e-6       # of float64 bounds of margins, in units of the network's: below it, a tie
 
 
 def ball(x, eps):
@@ -29,17 +32,32 @@ def in_float64(net, *tensors):
     return copies
 
 
+def unit_of(net):
+    """The unit of the network's margins: about the largest weight of its last layer that has any.
+
+    Constants that margins and the steps of multipliers are compared with count in it: so a factor
+    of that layer, which changes no prediction, does not change the search either. A power of two:
+    dividing by it and multiplying again is exact.
+    """
+    weights = [m.weight for m in net.modules() if getattr(m, "weight", None) is not None]
+    largest = weights[-1].abs().max().item() if weights else 1.0
+    return 2.0 ** round(math.log2(largest)) if 0 < largest < math.inf else 1.0
+
+
 def check_finite(value, norm, where, explain):
     """FloatingPointError if the loss or the gradient's norm of a step is not finite; explain says
-    which numbers were not."""
+    which numbers were not, "" if bounds and gradients are: then a finite loss leaves the norm."""
     if not (value.isfinite() and norm.isfinite()):
+        what = explain() or ("the gradient is finite, but the sum of its squares is not"
+                             if value.isfinite() else
+                             "the bounds of the output, or a regulariser, are not finite")
         raise FloatingPointError(
-            f"{where}: the loss is {value:.4g}, the gradient's norm {norm:.4g}; {explain()}. Try a "
+            f"{where}: the loss is {value:.4g}, the gradient's norm {norm:.4g}; {what}. Try a "
             "smaller --lr or a longer --ramp; the last good checkpoint is kept")
 
 
 def first_not_finite(net, bounds, gradients):
-    """Where numbers stop being finite: a layer's bounds, else a parameter's gradient.
+    """Where numbers stop being finite: a layer's bounds, else a parameter's gradient, else "".
 
     bounds: (l, u) before each ReLU. gradients: {name of the parameter: gradient}.
     """
@@ -50,4 +68,4 @@ def first_not_finite(net, bounds, gradients):
     for name, g in gradients.items():
         if not g.isfinite().all():
             return f"the gradient of layer {name} is not finite"
-    return "the bounds of the output, or a regulariser, are not finite"
+    return ""
