@@ -52,7 +52,7 @@ def pytest_runtest_call(item):
         sys.settrace(None)
     PASSED[item.nodeid] = time.time() - start, sorted(
         f"{Path(code.co_filename).name}:{code.co_firstlineno}" for code in calls
-        if Path(code.co_filename).parent == HERE)
+        if Path(code.co_filename).parent == item.config.rootpath)      # HERE is not that of the copy
     return result
 
 
@@ -102,7 +102,7 @@ def known_tests():
     """PASSED of all tests on the code as it is: of a run, or of the record of an earlier one."""
     sources = [p.read_bytes() for p in sorted(HERE.rglob("*.py"))
                if not {RUNS, HERE / "benchmarks"} & set(p.parents)]
-    record = RUNS / f"mutants-{hashlib.sha256(b''.join(sources)).hexdigest()[:12]}.json"
+    record = RUNS / f"mutants-calls-{hashlib.sha256(b''.join(sources)).hexdigest()[:12]}.json"
     if not record.exists():
         print("running the tests on the code as it is ...", file=sys.stderr)
         RUNS.mkdir(exist_ok=True)
