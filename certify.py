@@ -56,6 +56,7 @@ from plumbing.checks import check_problem, check_settings
 from plumbing.console import InputError, defaults, pick_device, run, warn
 from plumbing.data import dataset_kind, hold_out, load_dataset, statistics_of
 from plumbing.linear_program import linear_program
+from plumbing.networks import new_network
 from plumbing.processes import process_group, ranks
 from plumbing.reports import (curve, file_of, newest_run, outside_in, parse_args,
                               report_inherited, summary)
@@ -66,8 +67,8 @@ from plumbing.verdicts import (ContradictionError, Verdict, points_of, save_poin
 from plumbing.weights import read_weights
 from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
-from train import (CERTIFY, CLOSE, SETTINGS, build_network, descend, forward_margin, load_run,
-                   restarts_of, smallest)
+from train import (CERTIFY, CLOSE, LAYERS, SETTINGS, descend, forward_margin, load_run, restarts_of,
+                   smallest)
 
 STAGES = (*RELAXATIONS, "branch-and-bound")
 
@@ -553,7 +554,8 @@ def main(argv=None):
     device = pick_device(args.device)
     if args.weights:
         path, net = Path(args.weights), None
-        config = defaults(SETTINGS, dataset_kind(args.dataset), "grad") | dict(dataset=args.dataset, net=args.net)
+        config = defaults(SETTINGS, dataset_kind(args.dataset), "grad")
+        config |= dict(dataset=args.dataset, net=args.net)
         data = load_dataset(args.dataset, args.data_dir or config["data_dir"])
     else:
         path = Path(args.run or newest_run())
@@ -565,8 +567,9 @@ def main(argv=None):
     data = hold_out(data, config["validation"] if args.validation is None else args.validation)
     shape, classes = list(data.x_test.shape[1:]), data.classes
     if args.weights:
-        statistics = statistics_of(data, config)
-        net = read_weights(path, build_network(args.net, shape, classes, "default", statistics))
+        config |= dict(input_shape=shape, classes=classes, init="default",
+                       statistics=statistics_of(data, config))
+        net = read_weights(path, new_network(config, LAYERS, read_network))
     elif shape != config["input_shape"] or classes != config["classes"]:
         raise InputError(f"{path} was trained on images {config['input_shape']} of "
                          f"{config['classes']} classes, but {config['dataset']} has "

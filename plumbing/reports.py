@@ -104,7 +104,8 @@ def parse_args(argv, stages, settings):
                    help="radius in pixels, or several; default: the run's")
     p.add_argument("--weights", metavar="FILE", help="instead of a run: a state_dict that "
                    "torch.save wrote, of the network --net for the images --dataset")
-    p.add_argument("--net", choices=settings["net"].limits, help="with --weights: the network")
+    p.add_argument("--net", type=settings["net"].limits,
+                   help="with --weights: " + settings["net"].meaning)
     p.add_argument("--dataset", type=settings["dataset"].limits,
                    help="PATH.npz, if the run's has moved; with --weights: "
                    + settings["dataset"].meaning)
