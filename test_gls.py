@@ -14,6 +14,7 @@ from copy import deepcopy
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from plumbing.for_tests import (NETS, QUICK, QUICK_RUN, command, in_ball, make, 
                                 true_margins)
 from plumbing.processes import members_at_once
 from plumbing.runs import LOG
+from plumbing.verdicts import STATUSES
 from relaxations import margin_lower_bounds, preactivation_bounds
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
@@ -1711,7 +1713,7 @@ def test_train_then_certify_finds_the_same_numbers(tmp_path, capsys, relax, opt)
         assert number(printed, ours) == number(again, theirs)
     rows = [json.loads(l) for l in next(run.glob("certify-*.jsonl")).read_text().splitlines()][1:]
     assert sorted(r["index"] for r in rows) == list(range(60))
-    assert {r["status"] for r in rows} <= set(certify.STATUSES)
+    assert {r["status"] for r in rows} <= set(STATUSES)
 
 
 def test_training_lowers_the_loss_and_certifies(tmp_path):
@@ -2179,8 +2181,8 @@ UNITS = {  # radius, layers
 }
 
 
-@pytest.mark.parametrize("name", UNITS)
-def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, monkeypatch):
+def hard_problem(name="conv"):
+    """Digits that a random network is sure of, at a radius where each stage settles some."""
     torch.manual_seed(0)
     eps, layers = UNITS[name]()
     net = nn.Sequential(*layers).eval().requires_grad_(False)
@@ -2188,7 +2190,12 @@ def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, mo
         if hasattr(layer, "weight"):
             layer.weight *= 2
     x = train.load_dataset("digits").x_test[:25]
-    y = net(x).argmax(1)
+    return net, x, net(x).argmax(1), eps
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, monkeypatch):
+    net, x, y, eps = hard_problem(name)
     bounds, rows = certify.subdomain_bounds, [0]
 
     def counted(stages, sub, *args, **options):
@@ -2205,7 +2212,7 @@ def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, mo
 
     ours, work = verdicts(1.0)
     assert sum(v.stage == "branch-and-bound" for v in ours) > 2 and work > 300
-    for factor in (2.0 ** -20, 2.0 ** 20, 1e-6, 1e6):
+    for factor in (2.0 ** -20, 2.0 ** 20, 1e-6, 1e-3, 1e3, 1e6):
         theirs, more = verdicts(factor)
         assert [v.status for v in theirs] == [v.status for v in ours]
         assert 0.7 * work < more < 1.4 * work
@@ -2238,7 +2245,7 @@ def test_rounding_is_no_contradiction_whatever_the_unit_of_the_margins():
     dict(batch=0), dict(batch=-1), dict(batch=2.5), dict(steps=-1), dict(steps=math.nan),
     dict(restarts=-1), dict(restarts=math.inf), dict(seed=-1), dict(tolerance=0.0),
     dict(tolerance=math.nan), dict(stages=["deep-poly"]), dict(stages="box"),
-    dict(y=[0, 1, 2]), dict(y=torch.zeros(2).long()), dict(y=torch.zeros(3)),
+    dict(y=[0, 1]), dict(y=[[0], [1, 2]]), dict(y=torch.zeros(2).long()), dict(y=torch.zeros(3)),
     dict(y=torch.zeros(3, 4).long()), dict(y=torch.tensor([0, 1, 4])),
     dict(y=torch.tensor([0, -1, 2])),
     dict(x=torch.full((3, 6), 1.5)), dict(x=torch.full((3, 6), -0.1)), dict(x=torch.zeros(6)),
@@ -2276,15 +2283,143 @@ def test_what_bounds_refuse_is_refused_in_their_words_and_before_the_attack(monk
         certify.certify(net, x, y, 0.1)
 
 
+@pytest.mark.parametrize("wrong", ["0", "3.1", "5"])
+def test_a_layer_that_bounds_and_forward_pass_take_for_two_is_named(wrong, monkeypatch):
+    """A Linear that adds 0.1 when it is called, but not as the bounds call it."""
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Identity(),
+                        nn.Sequential(nn.ReLU(), nn.Linear(5, 5), nn.ReLU()), nn.Identity(),
+                        nn.Linear(5, 3)).eval().requires_grad_(False)
+    module, layers = net.get_submodule(wrong), []
+    module.weight += 0.3                               # so that what is below reaches the logits
+    marked = module.weight.double()
+    forward = nn.Linear.forward
+
+    def changed(self, z):
+        bounded = not isinstance(self.weight, nn.Parameter)            # by relaxations.plain
+        same = self.weight.shape == marked.shape and torch.equal(self.weight.double(), marked)
+        return forward(self, z) + 0.1 * (same and not bounded) * torch.arange(len(self.bias))
+
+    monkeypatch.setattr(nn.Linear, "forward", changed)
+    x, y = torch.rand(3, 6), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=rf"radius of 0: layer {wrong} \(Linear\) does not"):
+        certify.certify(net, x, y, 0.1)
+    with pytest.raises(ValueError, match=rf"radius of 0: layer {wrong} \(Linear\) does not"):
+        train.evaluate(net, x, y, 0.1)
+
+
+# ------------------------------------------------------------------------- stages and the clock
+
+COSTS = dict(descend=5.0, box=1.0, deeppoly=3.0, neurons=7.0, roots=2.0)     # of each image or node
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but in these stages, and what they were asked: (name, images)."""
+    now, calls = [0.0], []
+    fake = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(certify, "time", fake)
+
+    def wrap(function, name_of, size_of):
+        sound = getattr(certify, function)
+
+        def timed(*args, **options):
+            name, size = name_of(args), size_of(args)
+            if not (function.endswith("_bounds") and args[3 if "margin" in function else 2] == 0):
+                calls.append((name, size))
+                now[0] += COSTS.get(name, 2.0) * size
+            return sound(*args, **options)
+        monkeypatch.setattr(certify, function, timed)
+
+    wrap("descend", lambda args: "descend", lambda args: len(args[1]))
+    wrap("margin_lower_bounds", lambda args: args[4], lambda args: len(args[1]))
+    wrap("preactivation_bounds", lambda args: "neurons", lambda args: len(args[1]))
+    wrap("raise_bounds", lambda args: "roots", lambda args: len(args[2]))
+    return calls
+
+
+def test_verdicts_do_not_depend_on_how_many_images_share_a_batch(clock):
+    net, x, y, eps = hard_problem()
+    y[::9] = (y[::9] + 1) % 10
+    kinds = set()
+    for timeout in (None, 0.0, 4.0, 9.5, 21.0, 60.0):
+        stages = certify.STAGES if timeout is None else certify.STAGES[:4]
+        first, *others = ([(v.status, v.stage, round(v.seconds, 6)) for v in certify.certify(
+            net, x, y, eps, timeout, stages=stages, batch=batch)] for batch in (1, 7, 100))
+        if timeout is None:
+            first, *others = ([v[:2] for v in found] for found in (first, *others))
+        assert all(first == other for other in others)
+        kinds |= {v[:2] for v in first}
+    assert {stage for _, stage in kinds} >= {"", "forward", "attack", "deeppoly",
+                                             "branch-and-bound"}
+
+
+def test_the_clock_reaches_every_stage(clock):
+    """No stage and no descent begins for an image whose time is over, and cheap ones come first."""
+    net, x, y, eps = hard_problem()
+    alone = [v.index for v in certify.certify(net, x, y, eps)
+             if (v.status, v.stage) == ("certified", "branch-and-bound")][:3]
+    for i in alone:
+        names, ends = [], []
+        clock.clear()
+        certify.certify(net, x[i:i + 1], y[i:i + 1], eps)
+        order = list(dict.fromkeys(name for name, _ in clock))
+        assert order == ["descend", "box", "crown-ibp", "deeppoly", "neurons", "roots"]
+        names = [name for name, _ in clock]
+        assert names[:4] == ["descend", "box", "crown-ibp", "deeppoly"]
+        assert names[4] == "descend"                                   # towards a class
+        total = 0.0
+        for k, (name, size) in enumerate(list(clock)):
+            total += COSTS.get(name, 2.0) * size
+            ends.append(total)
+        for timeout in (0.0, 1.0, 5.5, 7.5, 9.0, 12.0, 40.0, 100.0):
+            clock.clear()
+            v, = certify.certify(net, x[i:i + 1], y[i:i + 1], eps, timeout)
+            costs = [COSTS.get(name, 2.0) * size for name, size in clock]
+            assert sum(costs[:-1]) <= timeout and v.seconds == pytest.approx(sum(costs))
+            descents = [cost for (name, _), cost in zip(clock, costs) if name == "descend"]
+            assert sum(descents[:-1]) <= timeout / 4
+
+
+def test_no_descent_towards_a_class_that_bounds_rule_out(monkeypatch):
+    net, x, y, eps = hard_problem()
+    calls = arrivals(monkeypatch, certify, "descend")
+    bounds = arrivals(monkeypatch, certify, "margin_lower_bounds")
+    verdicts = certify.certify(net, x, y, eps, stages=RELAXATIONS[:3], restarts=25)
+    low = {}                                               # by image: proved margins of all classes
+    for given, found in bounds:
+        if given["eps"]:
+            for image, row in zip(given["x"], found):
+                key = tuple(image.flatten().float().tolist())
+                low[key] = torch.fmax(low.get(key, row), row)
+    targets = {}
+    for given, _ in calls:
+        for k, image in enumerate(given["x"]):
+            targets.setdefault(tuple(image.flatten().tolist()), []).append(
+                None if given["target"] is None else int(given["target"][k]))
+    skipped = 0
+    for v, image, label in zip(verdicts, x, y):
+        key = tuple(image.flatten().tolist())
+        first, *rest = targets[key]
+        assert first is None and all(low[key][k] <= 0 and k != label for k in rest)
+        if v.status == "unknown":
+            wanted = {k for k in range(10) if low[key][k] <= 0 and k != label}
+            assert set(rest) == wanted
+            skipped += 9 - len(wanted)
+        if v.status == "certified":
+            assert not rest
+    assert skipped > 10
+
+
 # ------------------------------------------------------------- certify.py from the command line
 
 def test_a_certified_and_attacked_sample_aborts(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     assert command(train.main, "--out", run, "--eps", 0.5, "--eps-train", 0, *QUICK,
                    "--epochs", 4, "--lr", 0.01) == 0
-    for module in (train, certify):                                    # plant an unsound bound
-        monkeypatch.setattr(module, "certified_margin",
-                            lambda net, x, y, *a, **k: torch.ones(len(x)))
+    sound = margin_lower_bounds                                        # plant an unsound bound
+    planted = lambda net, x, y, eps, *a, **k: sound(net, x, y, eps, *a, **k) + 1e3 * (eps > 0)
+    for module in (train, certify):
+        monkeypatch.setattr(module, "margin_lower_bounds", planted)
     assert command(certify.main, run, "--stages", *RELAXATIONS) == 1
     error = capsys.readouterr().err
     assert "a bound is unsound" in error

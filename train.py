@@ -15,6 +15,7 @@ letters as in relaxations.py.  Expected from the first command on 2 CPU cores: s
 import math
 from contextlib import ExitStack
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -23,6 +24,7 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import gls
+from plumbing.checks import check_problem, check_whole
 from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
                               not_negative, parser_of, pick_device, positive, positive_unit,
                               refuse_others, run, show_training, table, unit, with_defaults)
@@ -32,9 +34,10 @@ from plumbing.networks import (NETWORKS, build_network, from_config, ibp_init, i
                                new_network, update_batchnorm)
 from plumbing.processes import average, members_of_each, parts_of, process_group, ranks, summed
 from plumbing.reading import flat_layers
-from plumbing.rounding import ball, check_finite, first_not_finite, in_float64
+from plumbing.rounding import ball, check_finite, first_not_finite, in_float64, unit_of
 from plumbing.runs import (at_start, check_same_images, circumstances, lengthen, locked, new_folder,
                            read_checkpoint, recording, restored, run_folder)
+from plumbing.weights import read_weights
 from relaxations import (AFFINE, RELAXATIONS, RESHAPE, SLOPES, margin_lower_bounds,
                          preactivation_bounds, read_network)
 
@@ -107,6 +110,7 @@ SETTINGS = {
     "slope": Setting("adaptive", tuple(SLOPES), "lower slope of an unstable ReLU, where bounds "
                      "substitute: that of the smaller area; 0; 1; that of the upper line",
                      "Singh et al. 2019"),
+    "weights": Setting(None, str, "start from the tensors of a state_dict in this file"),
     "skip_stable": Setting(True, bool, "deeppoly: back-substitute unstable neurons only",
                            "here: faster, and certifies as much (benchmarks/)"),
     "seed": Setting(0, count(0), "of the initial weights, the batches and the noise"),
@@ -401,7 +405,7 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
         return x.new_zeros(0)
     low = torch.cat([margin_lower_bounds(net, a, b, eps, relax, **options)
                      for a, b in zip(x.split(batch), y.split(batch))])
-    bound, scale = smallest(low, y), low.abs().amax(-1).clamp(min=1)
+    bound, scale = smallest(low, y), low.abs().amax(-1).clamp(min=unit_of(net))
     close = bound.abs() < CLOSE * scale
     if close.any() and x.dtype != torch.float64:
         again = certified_margin(*in_float64(net, x[close], y[close]), eps, relax, batch, **options)
@@ -409,44 +413,61 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
     return bound
 
 
-def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
-    """Projected gradient descent (PGD, Madry et al. 2018) on the margin, with restarts.
+def descend(net, x, y, eps, steps, target=None, start=None):
+    """Projected gradient descent (PGD, Madry et al. 2018) on the smallest margin, from x; or on
+    that to the class target (B,), from so far between the ends of the ball, start in [0, 1].
 
-    Returns the worst points found, (B, ...), exactly inside the ball. Restart 0 lowers the smallest
-    margin; restart r > 0 lowers the margin to the r-th runner-up class, from a random start, which
-    is the same for all samples: what is found for one does not depend on the others.
+    Returns the worst points on the way, (B, ...), exactly inside the ball, and their margins (B,).
     """
     low, high = ball(x, eps)
+    z = x if start is None else low + (high - low) * start
+    best, best_margin = x.clone(), x.new_full([len(x)], torch.inf)
+    for k in range(steps + 1):
+        z = z.detach().clamp(low, high).requires_grad_()
+        margins = margins_of(net(z), y)
+        worst = smallest(margins, y)
+        better = worst.detach() < best_margin
+        best_margin = torch.where(better, worst.detach(), best_margin)
+        best[better] = z.detach()[better]
+        if k < steps:
+            goal = worst if target is None else margins.gather(1, target[:, None])
+            step = eps * (0.25 if k < steps / 2 else 0.1 if k < 3 * steps / 4 else 0.02)
+            z = z - step * torch.autograd.grad(goal.sum(), z)[0].sign()
+    return best, best_margin
+
+
+def restarts_of(net, x, y, restarts, seed):
+    """(target, start) of so many descents: the first lowers the smallest margin, r > 0 that to the
+    r-th runner-up class, from a random start, the same for all samples: what is found for one does
+    not depend on the others."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         logits = torch.cat([net(part) for part in x.split(500)])
-        ranking = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
-    runners_up = ranking[:, :-1]                                       # without y, which is last
-    best, best_margin = x.clone(), x.new_full([len(x)], torch.inf)
-    for r in range(restarts):
+    ranking = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
+    for r in range(restarts):                              # y is last in the ranking
         start = torch.rand(x.shape[1:], generator=generator).to(x)
-        z = low + (high - low) * start if r else x
-        target = runners_up[:, (r - 1) % runners_up.shape[1], None]
-        for k in range(steps + 1):
-            z = z.detach().clamp(low, high).requires_grad_()
-            margins = margins_of(net(z), y)
-            worst = smallest(margins, y)
-            better = worst.detach() < best_margin
-            best_margin = torch.where(better, worst.detach(), best_margin)
-            best[better] = z.detach()[better]
-            if k < steps:
-                goal = margins.gather(1, target) if r else worst
-                step = eps * (0.25 if k < steps / 2 else 0.1 if k < 3 * steps / 4 else 0.02)
-                z = z - step * torch.autograd.grad(goal.sum(), z)[0].sign()
+        yield (ranking[:, (r - 1) % (ranking.shape[1] - 1)], start) if r else (None, None)
+
+
+def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
+    """The worst points that so many descents find, (B, ...), exactly inside the ball."""
+    best, lowest = x.clone(), x.new_full([len(x)], torch.inf)
+    for target, start in restarts_of(net, x, y, restarts, seed):
+        points, margins = descend(net, x, y, eps, steps, target, start)
+        better = margins < lowest
+        best[better], lowest = points[better], torch.where(better, margins, lowest)
     return best
 
 
 def evaluate(net, x, y, eps, batch=500, progress=lambda line: None, slope="adaptive"):
     """Which samples are correct, survive the attack, and are certified: {name: (n,) bool}.
 
-    "best" is certified by any of the three relaxations. Raises AssertionError if a certified
-    sample was attacked: then a bound is wrong, and no number can be trusted.
+    "best" is certified by any of the three relaxations. Raises ValueError for what the bounds
+    refuse, and AssertionError if a certified sample was attacked: then a bound is wrong, and no
+    number can be trusted.
     """
+    check_whole(1, batch=batch)
+    y = check_problem(net, x, y, eps, margin_lower_bounds, preactivation_bounds)
     result = {"natural": forward_margin(net, x, y).cpu() > 0}
     progress("attacking")
     attacked = [forward_margin(net, attack(net, a, b, eps), b).cpu()
@@ -599,7 +620,7 @@ def fit(net, x, y, device="auto", show=None, **settings):
     Writes nothing, sets no signal handler, and runs in any thread. Raises ValueError.
     """
     config = complete(checked(SETTINGS, settings, "dataset net data_dir subset validation "
-                              "test_subset out resume".split()) | dict(dataset="own.npz"))
+                              "test_subset weights out resume".split()) | dict(dataset="own.npz"))
     device, net = pick_device(device), net.eval()
     logits, = read_network(net, x.shape[1:]).shapes[-1]
     config |= dict(input_shape=list(x.shape[1:]), classes=logits, device=str(device), augment=False)
@@ -627,6 +648,8 @@ def new_run(config, data, device):
     config |= dict(augment=cifar, statistics=CIFAR_STATISTICS if cifar else None)
     torch.manual_seed(config["seed"])
     net = new_network(config, LAYERS, read_network)
+    if config["weights"]:
+        read_weights(Path(config["weights"]), net)
     if "taps" in config["relax"]:
         last_part(net, config["split"])                                  # or one line says why not
     config["members"] = members_of_each(net, config)

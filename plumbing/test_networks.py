@@ -135,6 +135,26 @@ def test_the_weights_of_a_network_of_ones_own_are_kept_unless_init_is_given(tmp_
     assert stds[1] == pytest.approx((2 * torch.pi) ** 0.5 / 9, rel=0.3)
 
 
+def test_training_starts_from_given_weights_and_certify_takes_them_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    assert command(train.main, *RUN.split(), "--out", "first") == 0
+    torch.save(weights("first"), "first.pt")
+    more = ["--weights", "first.pt", "--epochs", 0, "--init", "ibp", "--out", "second"]
+    assert command(train.main, *RUN.split(), *more) == 0
+    for k, t in weights("first").items():
+        assert torch.equal(t, weights("second")[k]), k
+    Path("first.pt").unlink()
+    assert command(train.main, "--resume", "second", "--epochs", 1) == 0
+    assert any(not torch.equal(t, weights("second")[k]) for k, t in weights("first").items())
+    torch.save(weights("second"), "second.pt")
+    assert command(certify.main, "--weights", "second.pt", "--net", "own.py:net", "--dataset",
+                   "digits", "--samples", 3, "--eps", 0.01, "--slope", "parallel") == 0
+    assert command(train.main, "--weights", "gone.pt", "--out", "third") == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "gone.pt" in err and not Path("third").exists()
+
+
 def test_fit_is_a_run_without_a_folder_in_any_thread(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = "--net small --epochs 2 --ramp 1 --subset 90 --batch-size 40 --test-subset 5 --out run"
