@@ -15,6 +15,7 @@ letters as in relaxations.py.  Expected from the first command on 2 CPU cores: s
 import math
 from contextlib import ExitStack
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -234,7 +235,8 @@ def last_part(net, relus):
 def worst_points(margins, l, u, classes, steps=8):
     """Points (P, B, K, ...) of boxes (P, B, 1, ...), the k-th with the least of margins(points),
     (P, B, K), that PGD met from the centre on (the authors' start at random points)."""
-    z = ((l + u) / 2).expand(-1, -1, classes, *l.shape[3:])
+    centre, own = (l + u) / 2, [1] * (l.dim() - 3)                   # own: axes of a point
+    z = centre.expand(-1, -1, classes, *l.shape[3:])
     best, least = z, z.new_full(z.shape[:3], torch.inf)
     for step in range(steps + 1):
         z = z.clamp(l, u).detach().requires_grad_()
@@ -242,7 +244,7 @@ def worst_points(margins, l, u, classes, steps=8):
             found = margins(z)
         better = found.detach() < least
         least = torch.where(better, found.detach(), least)
-        best = torch.where(better.view(*better.shape, *[1] * (z.dim() - 3)), z.detach(), best)
+        best = torch.where(better.view(*better.shape, *own), z.detach(), best)
         if step < steps:
             slopes = torch.autograd.grad(found.sum(), z)[0]
             z = z - max(0.2, 2 / steps) * (u - l) * slopes.sign()
@@ -309,11 +311,8 @@ def small_box(x, points, eps, lam):
 
 
 def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa=0.0, l1=0.0,
-                regularize=0.0, skip_stable=False, slope="adaptive", beta=1.0,
-                alpha=SETTINGS["alpha"].default, lam=SETTINGS["lam"].default,
-                split=SETTINGS["split"].default, expand=SETTINGS["expand"].default,
-                slope_steps=SETTINGS["slope_steps"].default, certified=None, weight=1.0,
-                total=lambda t: t):
+                regularize=0.0, skip_stable=False, slope="adaptive", beta=1.0, alpha=0.1, lam=0.4,
+                split=1, expand=5.0, slope_steps=3, certified=None, weight=1.0, total=lambda t: t):
     """The loss of a minibatch as a function (P, D) -> (P,) of parameter vectors, for gls.py.
 
         (1 - kappa) E[CE(-m, y)] + kappa E[CE(logits, y)] + l1 |weights|_1 + regularize * (...)
@@ -330,14 +329,14 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
         center, radius = small_box(x, points, eps, lam)
     outputs = "box" if relax in BASELINES else relax
     neurons = "deeppoly" if relax == "alpha-crown" else outputs
+    bounds_of = partial(preactivation_bounds, slope=slope, skip_stable=skip_stable)
+    margins_by = partial(margin_lower_bounds, slope=slope, steps=slope_steps)
 
     def losses(thetas):
         params = unflatten(thetas, net)
-        bounds = preactivation_bounds(net, center, radius, neurons, params, slope=slope,
-                                      skip_stable=skip_stable)
-        margins = lambda relax: margin_lower_bounds(net, center, y, radius, relax, params,
-                                                    slope=slope, intermediate=bounds,
-                                                    steps=slope_steps)
+        bounds = bounds_of(net, center, radius, neurons, params)
+        margins = lambda relax: margins_by(net, center, y, radius, relax, params,
+                                           intermediate=bounds)
         logits = lambda x: vmap(lambda p: functional_call(net, p, (x,)))(params)    # (P, B, K)
         m = margins(outputs)                                                        # (P, B, K)
         if relax == "crown-ibp" and beta < 1:
@@ -349,7 +348,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
             value = 1 - is_certified.to(m.dtype)
         elif relax in ("taps", "staps"):
             a = latent_margins(net, params, bounds, y, m.shape[-1], split, expand)
-            value = BASELINES[relax](m, a, alpha)
+            value = taps(m, a, alpha)
         elif relax in ATTACKING:
             value = BASELINES[relax](m, margins_of(logits(points), y), alpha)
         else:
@@ -368,7 +367,8 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
 
 def size_of_weights(params):
     """The sum of the absolute weights, without biases: (P,)."""
-    return sum(w.abs().flatten(1).sum(1) for w in params.values() if w.dim() > 2)
+    weights = [w for w in params.values() if w.dim() > 2]
+    return sum(w.abs().flatten(1).sum(1) for w in weights)
 
 
 # ------------------------------------------------------------------------- attack and evaluation

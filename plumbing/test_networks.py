@@ -1,4 +1,4 @@
-"""Networks as data: any accepted network is kept and built again; a file runs only when it is named."""
+"""Networks as data: any accepted one is kept and built again; a file runs only when it is named."""
 import threading
 from pathlib import Path
 
@@ -39,9 +39,10 @@ RUN = ("--net own.py:net --epochs 2 --ramp 1 --milestones 1 --subset 90 --batch-
 
 
 def everything():
-    """A network of nearly all classes that are accepted, with settings that are not the defaults."""
-    body = nn.Sequential(nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
-                         nn.ReLU(inplace=True), nn.AvgPool2d(3, 2, 1, count_include_pad=False))
+    """A network of nearly all classes that are accepted, with settings that are no defaults."""
+    body = nn.Sequential(
+        nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
+        nn.ReLU(inplace=True), nn.AvgPool2d(3, 2, 1, count_include_pad=False))
     return nn.Sequential(
         nn.BatchNorm2d(2, eps=0.0, affine=False), nn.ZeroPad2d((1, 0, 2, 1)), body,
         nn.Upsample(scale_factor=2), nn.Conv2d(4, 3, 3, dilation=2, bias=False), nn.BatchNorm2d(3),
@@ -76,7 +77,8 @@ CIRCLE.append(["0", "Sequential", CIRCLE])
     [["a.b", "ReLU", {}]], [[0, "ReLU", {}]],
     [["0", "Upsample", dict(scale_factor=1e5)]], [["0", "ZeroPad2d", dict(padding=10 ** 9)]],
     [["0", "Upsample", dict(size=(10 ** 30, 4))]], [["0", "Sequential", {"a": 1}]],
-    [["0", "AvgPool2d", dict(kernel_size=0)]], [["0", "Linear", dict(in_features=-1, out_features=3)]]])
+    [["0", "AvgPool2d", dict(kernel_size=0)]],
+    [["0", "Linear", dict(in_features=-1, out_features=3)]]])
 def test_what_describes_no_network_is_one_line(layers, tmp_path):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     config = dict(layers=layers, input_shape=[1, 8, 8], classes=10, net="own.py:net")
@@ -135,7 +137,8 @@ def test_the_weights_of_a_network_of_ones_own_are_kept_unless_init_is_given(tmp_
     assert stds[1] == pytest.approx((2 * torch.pi) ** 0.5 / 9, rel=0.3)
 
 
-def test_training_starts_from_given_weights_and_certify_takes_them_too(tmp_path, monkeypatch, capsys):
+def test_training_starts_from_given_weights_and_certify_takes_them_too(
+        tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(OWN)
     assert command(train.main, *RUN.split(), "--out", "first") == 0
