@@ -111,7 +111,7 @@ SETTINGS = {
     "slope": Setting("adaptive", tuple(SLOPES), "lower slope of an unstable ReLU, where bounds "
                      "substitute: that of the smaller area; 0; 1; that of the upper line",
                      "Singh et al. 2019"),
-    "weights": Setting(None, str, "start from the tensors of a state_dict in this file"),
+    "weights": Setting(None, str, "start from a state_dict in this file; default: from --init"),
     "skip_stable": Setting(True, bool, "deeppoly: back-substitute unstable neurons only",
                            "here: faster, and certifies as much (benchmarks/)"),
     "seed": Setting(0, count(0), "of the initial weights, the batches and the noise"),
