@@ -83,6 +83,8 @@ def test_what_describes_no_network_is_one_line(layers, tmp_path):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     config = dict(layers=layers, input_shape=[1, 8, 8], classes=10, net="own.py:net")
     save_checkpoint(tmp_path, net, config)
+    with pytest.raises((ValueError, TypeError, KeyError, RuntimeError, AttributeError)):
+        networks.from_description(layers, train.LAYERS, (1, 8, 8))
     with pytest.raises(InputError) as error:
         train.load_run(tmp_path)
     assert "\n" not in str(error.value)
@@ -176,6 +178,15 @@ def test_fit_is_a_run_without_a_folder_in_any_thread(tmp_path, monkeypatch):
         assert torch.equal(t, net.state_dict()[k]), k
     assert list(Path().iterdir()) == before
     assert [f"{row['loss']:.6g}" for row in out[0]] == [row.split(",")[4] for row in rows]
+
+
+def test_a_run_may_be_in_a_thread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, out = "--net mlp --epochs 1 --ramp 0 --subset 40 --test-subset 5".split(), []
+    thread = threading.Thread(target=lambda: out.append(command(train.main, *words)))
+    thread.start()
+    thread.join()
+    assert out == [0]
 
 
 @pytest.mark.parametrize("settings, words", [
