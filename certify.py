@@ -53,15 +53,15 @@ import torch
 from torch.func import jacrev
 
 from plumbing.checks import check_problem, check_settings
-from plumbing.console import InputError, defaults, pick_device, run
-from plumbing.data import CIFAR_STATISTICS, dataset_kind, hold_out, load_dataset
+from plumbing.console import InputError, defaults, pick_device, run, warn
+from plumbing.data import dataset_kind, hold_out, statistics_of
 from plumbing.linear_program import linear_program
 from plumbing.networks import new_network
 from plumbing.processes import process_group, ranks
 from plumbing.reports import (curve, file_of, newest_run, outside_in, parse_args,
                               report_inherited, summary)
 from plumbing.rounding import ball, in_float64, unit_of
-from plumbing.runs import checksum
+from plumbing.runs import checksum, data_of_run, is_trained_on
 from plumbing.verdicts import (ContradictionError, Verdict, points_of, save_point,
                                verdict_of, write_verdicts)
 from plumbing.weights import read_weights
@@ -555,19 +555,22 @@ def settle_linear(exact, node):
 def main(argv=None):
     args = parse_args(argv, STAGES, SETTINGS)
     device = pick_device(args.device)
+    moved = {k: getattr(args, k) for k in ("dataset", "data_dir") if getattr(args, k)}
     if args.weights:
-        path, net, recipe = Path(args.weights), None, dataset_kind(args.dataset)
-        config = defaults(SETTINGS, recipe, "grad") | dict(dataset=args.dataset, net=args.net)
+        path, net = Path(args.weights), None
+        config = defaults(SETTINGS, dataset_kind(args.dataset), "grad") | dict(net=args.net)
     else:
         path = Path(args.run or newest_run())
         net, config, _ = load_run(path)
-    data = load_dataset(config["dataset"], args.data_dir or config["data_dir"])
+    config |= moved
+    data = data_of_run(config)
+    if not is_trained_on(data, config):
+        warn(f"{path} was trained on other images than these")
     data = hold_out(data, config["validation"] if args.validation is None else args.validation)
     shape, classes = list(data.x_test.shape[1:]), data.classes
     if args.weights:
-        statistics = CIFAR_STATISTICS if recipe == "cifar10" else None
         made = dict(net=args.net, input_shape=shape, classes=classes, init="default",
-                    statistics=statistics)
+                    statistics=statistics_of(data, config))
         net = read_weights(path, new_network(made, LAYERS, read_network))
     elif shape != config["input_shape"] or classes != config["classes"]:
         raise InputError(f"{path} was trained on images {config['input_shape']} of "
@@ -602,7 +605,7 @@ def certify_radii(net, config, data, path, args, device):
 
         title = f"{path}: {config['net']}{made}; eps {eps:.4g}; {n} test images"
         known[eps] = write_verdicts(file, header | dict(eps=eps), y.tolist(), certify_some,
-                                    verdict_of, title)
+                                    verdict_of, title, batch=args.batch_size)
         if ranks()[0] == 0:
             print("\n".join(summary([known[eps][i] for i in range(n)], settings["stages"])))
     if len(known) > 1 and ranks()[0] == 0:

@@ -28,16 +28,20 @@ import gls
 from plumbing.checks import check_problem, check_whole
 from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
                               not_negative, parser_of, pick_device, positive, positive_unit,
-                              refuse_others, run, show_training, table, unit, with_defaults)
-from plumbing.data import (CIFAR_STATISTICS, augment, by_data, dataset_kind, dataset_name,
-                           hold_out, load_dataset)
+                              refuse_others, run, show_training, table, unit, warn_without_effect,
+                              with_defaults)
+from plumbing.data import (augment, by_data, dataset_kind, dataset_name, hold_out, load_dataset,
+                           statistics_of)
+from plumbing.evaluations import comparison, write_evaluation
 from plumbing.networks import (NETWORKS, build_network, from_config, ibp_init, is_file, net_name,
                                new_network, update_batchnorm)
 from plumbing.processes import average, members_of_each, parts_of, process_group, ranks, summed
 from plumbing.reading import flat_layers
 from plumbing.rounding import ball, check_finite, first_not_finite, in_float64, unit_of
-from plumbing.runs import (at_start, check_same_images, circumstances, lengthen, locked, new_folder,
-                           read_checkpoint, recording, restored, run_folder)
+from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, is_finished,
+                           lengthen, locked, new_folder, read_checkpoint, recording, restored,
+                           run_folder)
+from plumbing.timing import lengths_of, seconds_at
 from plumbing.weights import read_weights
 from relaxations import (AFFINE, RELAXATIONS, RESHAPE, SLOPES, margin_lower_bounds,
                          preactivation_bounds, read_network)
@@ -73,18 +77,22 @@ SETTINGS = {
                   "Shi; digits here"),
     "lr_decay": Setting(0.2, positive_unit, "factor of lr at a milestone", "Shi"),
     "sigma": Setting(dict(grad=0.0, rgs=0.01, pgpe=0.01), positive,
-                     "standard deviation of the weight noise",
+                     "rgs, pgpe: standard deviation of the weight noise",
                      "here: the size of cnn3's smaller initial weights; on digits 0.001 to 0.03 do "
                      "as well, 0.1 spoils (README, figure 4)"),
-    "samples": Setting(dict(grad=1, rgs=2, pgpe=64), count(1), "loss evaluations in a step",
+    "samples": Setting(dict(grad=1, rgs=2, pgpe=64), count(1),
+                       "rgs, pgpe: loss evaluations in a step",
                        "here: an antithetic pair; 32 pairs"),
     "antithetic": Setting(True, bool, "rgs: perturb by eps and by -eps, as pgpe always does",
                           "here: cancels the odd part of the noise, for free"),
     "parts": Setting(1, count(1), "rgs, pgpe: parts of a minibatch; a sample, or pair, sees one"),
     "sigma_adapt": Setting("fixed", ("fixed", "scalar", "parameter"),
                            "pgpe: follow the gradient of sigma too, one for all or one each"),
-    "sigma_lr": Setting(0.1, not_negative, "step size of sigma", "pgpelib's default"),
-    "members": Setting(None, count(1), "parameter vectors run at once; default: by their size"),
+    "sigma_lr": Setting(0.1, not_negative,
+                        "scalar, parameter: step size of sigma (--sigma-adapt)",
+                        "pgpelib's default"),
+    "members": Setting(None, count(1), "rgs, pgpe: parameter vectors run at once; default: by "
+                       "their size"),
     "loss": Setting("cross-entropy", ("cross-entropy", "certified-error"),
                     "certified-error: the fraction not certified, gradient 0; for pgpe only"),
     "beta": Setting(1.0, unit, "crown-ibp: its weight against box at full eps, 1 at eps 0",
@@ -112,18 +120,23 @@ SETTINGS = {
                      "substitute: that of the smaller area; 0; 1; that of the upper line",
                      "Singh et al. 2019"),
     "weights": Setting(None, str, "start from a state_dict in this file; default: from --init"),
-    "skip_stable": Setting(True, bool, "deeppoly: back-substitute unstable neurons only",
+    "skip_stable": Setting(True, bool,
+                           "deeppoly, alpha-crown: back-substitute unstable neurons only",
                            "here: faster, and certifies as much (benchmarks/)"),
     "seed": Setting(0, count(0), "of the initial weights, the batches and the noise"),
     "device": Setting("auto", ("auto", "cpu", "cuda", "mps"), "what computes"),
+    "augment": Setting(by_data(False, False, True, False), bool,
+                       "flip and shift the training images at random", "Shi"),
+    "normalize": Setting(by_data(False, False, True, False), bool,
+                         "a first layer that normalises pixels, by the training images", "Shi"),
     "data_dir": Setting("data", str, "where the data set is, or is downloaded to"),
     "subset": Setting(None, count(1), "use only the first N training images; default: all"),
     "validation": Setting(0, count(0), "test on the last N training images, held out, to tune"),
     "test_subset": Setting(None, count(1), "test on the first N test images; default: all"),
     "out": Setting(None, str, "the run folder; default: runs/DATASET-NET-RELAX-OPT"),
     "resume": Setting(None, run_folder, "go on with the run in this folder, from its last "
-                      "checkpoint, or for more --epochs; of other options only --data-dir and "
-                      "--device may be given"),
+                      "checkpoint, or for more --epochs; beside these, only --dataset, --data-dir "
+                      "and --device may be given"),
 }
 
 
@@ -132,11 +145,18 @@ def parse_config(argv=None):
     only what it gives, since a run keeps its settings."""
     parser = parser_of(SETTINGS, "train.py", "Train a certifiably robust network, with or without "
                        "Gaussian loss smoothing.")
+    parser.add_argument("--compare", nargs="+", type=run_folder, metavar="RUN", help="only print a "
+                        "table of finished runs: what they differ in, and their accuracies")
     given = vars(parser.parse_args(argv))
-    if "resume" in given:
-        refuse_others(parser, given, "resume", "data_dir", "device", "epochs")
+    if "compare" in given:
+        refuse_others(parser, given, "compare")
         return given
-    return complete(given, parser.error)
+    if "resume" in given:
+        refuse_others(parser, given, "resume", "dataset", "data_dir", "device", "epochs")
+        return given
+    config = complete(given, parser.error)
+    warn_without_effect(SETTINGS, given, config)
+    return config
 
 
 def complete(given, error=InputError.raised):
@@ -569,14 +589,24 @@ def take_step(net, theta, optimizer, sigma, x, y, eps, config, *, noise, where="
     return sigma, torch.stack([value, average(certified, theta), norm])
 
 
-def train(net, x, y, config, device, folder, show=print, training=None):
+def trial(net, x, y, config, device):
+    """A gradient estimate at a fraction of the radius, as a function of that; it changes nothing
+    and is for its time, with a quarter of a minibatch."""
+    n, theta = max(16, config["batch_size"] // 4), parameters_to_vector(net.parameters()).detach()
+    x, y = x[:n].to(device), y[:n].to(device)
+    sigma, noise = torch.tensor(config["sigma"], device=device), torch.Generator(device)
+    return lambda full: estimate(losses_of_step(net, x, y, full * config["eps_train"], config),
+                                 theta, sigma, config, noise)[0].item()
+
+
+def train(net, x, y, config, device, folder, show=print, training=None, *, seconds=None):
     """Train net on images x and labels y, by the settings in config (see SETTINGS).
 
     Returns the rows of log.csv, which it writes into folder, as checkpoint.pt (plumbing/runs.py).
     Two generators seeded with config["seed"] draw all random numbers: one batches, one noise.
     training: as load_run returns it with net, to continue; the weights in the end are, bit by bit,
-    those of a run that never stopped. Raises FloatingPointError where numbers cease to be finite,
-    Interrupted after a signal.
+    those of a run that never stopped. seconds: of steps, see plumbing/timing.py. Raises
+    FloatingPointError where numbers cease to be finite, Interrupted after a signal.
     """
     theta = parameters_to_vector(net.parameters()).detach().clone()
     vector_to_parameters(theta, net.parameters())      # as views: net follows theta from here on
@@ -593,7 +623,9 @@ def train(net, x, y, config, device, folder, show=print, training=None):
     size = config["batch_size"]
     steps = -(-len(x) // size)
     ramp = config["ramp"] * steps or 1                       # without one, full from the first step
-    with recording(folder, net, config, now, len(x), show, **generators) as record:
+    lengths = lengths_of([eps_at((i + 1) / ramp, 1.0) for i in range(config["epochs"] * steps)],
+                         seconds)
+    with recording(folder, net, config, now, len(x), show, lengths, **generators) as record:
         while now["done"] < config["epochs"] * steps:
             epoch, step = divmod(now["done"], steps)
             if step == 0:
@@ -619,11 +651,12 @@ def fit(net, x, y, device="auto", show=None, **settings):
     others are those of --dataset PATH.npz.  show(line) is called once a step.
     Writes nothing, sets no signal handler, and runs in any thread. Raises ValueError.
     """
-    config = complete(checked(SETTINGS, settings, "dataset net data_dir subset validation "
-                              "test_subset weights out resume".split()) | dict(dataset="own.npz"))
+    given = checked(SETTINGS, settings, "dataset net data_dir subset validation test_subset weights "
+                    "normalize out resume".split())
+    config = complete(given | dict(dataset="own.npz"))
     device, net = pick_device(device), net.eval()
     logits, = read_network(net, x.shape[1:]).shapes[-1]
-    config |= dict(input_shape=list(x.shape[1:]), classes=logits, device=str(device), augment=False)
+    config |= dict(input_shape=list(x.shape[1:]), classes=logits, device=str(device))
     if settings.get("init") == "ibp":
         ibp_init(net)
     config["members"] = members_of_each(net, config)
@@ -643,9 +676,8 @@ def network_of(config):
 
 def new_run(config, data, device):
     """A new network, and the settings with what images, device and processes add to them."""
-    cifar = config["dataset"] == "cifar10"
     config = config | circumstances(data, config, device)
-    config |= dict(augment=cifar, statistics=CIFAR_STATISTICS if cifar else None)
+    config["statistics"] = statistics_of(data, config)
     torch.manual_seed(config["seed"])
     net = new_network(config, LAYERS, read_network)
     if config["weights"]:
@@ -658,6 +690,8 @@ def new_run(config, data, device):
 
 def main(argv=None):
     config = parse_config(argv)
+    if "compare" in config:
+        return print("\n".join(comparison(config["compare"])))
     resumed, training = config.pop("resume", None), None
     with ExitStack() as stack:
         if resumed:
@@ -667,12 +701,12 @@ def main(argv=None):
             config = since | dict(out=str(resumed)) | config           # what may be given again
         device = pick_device(config["device"].split(":")[0])
         stack.enter_context(process_group(device))
-        data = hold_out(load_dataset(config["dataset"], config["data_dir"]), config["validation"])
+        data = hold_out(data_of_run(config), config["validation"])
         if not resumed:
             net, config = new_run(config, data, device)
-            stack.enter_context(new_folder(config, net))
+            stack.enter_context(new_folder(config, net, SETTINGS))
         else:
-            check_same_images(data, config)
+            check_unchanged(data, config | dict(epochs=saved["epochs"]))
             lengthen(resumed, net, saved, config, training)
         train_and_show(net.to(device), config, training, data, device)
 
@@ -680,9 +714,13 @@ def main(argv=None):
 def train_and_show(net, config, training, data, device):
     """Train, from the start or from where training was, and print the table of the test images."""
     show = Progress()
-    print(header(config, data, net))
+    print(header(config, data, net), flush=True)
     x, y = data.x_train[:config["subset"]], data.y_train[:config["subset"]]
-    rows = train(net, x, y, config, device, config["out"], show, training)
+    seconds = None
+    if config["ramp"] and not is_finished(config, training):
+        show("measuring how long a step takes")
+        seconds = seconds_at(trial(net, x, y, config, device))
+    rows = train(net, x, y, config, device, config["out"], show, training, seconds=seconds)
     if ranks()[0]:
         return                                         # the first process shows the rest
     if rows:
@@ -690,6 +728,7 @@ def train_and_show(net, config, training, data, device):
     n = config["test_subset"]
     x, y = data.x_test[:n].to(device), data.y_test[:n].to(device)
     result = evaluate(net, x, y, config["eps"], progress=show, slope=config["slope"])
+    write_evaluation(config["out"], result, config)
     show.done(f"{len(x)} test images, eps {config['eps']:.4g}:")
     print("\n".join(table(result)))
     print(f"to certify it sample by sample:  python certify.py {config['out']}")

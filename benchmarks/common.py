@@ -29,7 +29,12 @@ def machine(device):
                 machine=platform.platform(), threads=torch.get_num_threads(),
                 python=platform.python_version(), torch=str(torch.__version__),
                 commit=git("describe", "--always") + "-dirty" * bool(git("status", "-s", ":/*.py")),
-                command=" ".join(["python", *sys.argv]))
+                command=" ".join(["python", *placeless(sys.argv)]))
+
+
+def placeless(words):
+    """A command line without where this machine has its data."""
+    return [word if before != "--data-dir" else "DIR" for before, word in zip(["", *words], words)]
 
 
 def seconds(call, device):

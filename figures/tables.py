@@ -17,6 +17,7 @@ from itertools import combinations
 from statistics import mean, median, stdev
 
 import experiments                                  # first: it puts the checkout on the path
+import labels
 from plumbing.runs import LOG
 
 NAME = {"box": "box (IBP)", "crown-ibp": "CROWN-IBP", "deeppoly": "DeepPoly",
@@ -334,11 +335,17 @@ def log(_):
             *(f"| `{name}` | {meaning} |" for name, meaning in LOG.items())]
 
 
+def fields(_):
+    """What stands in a line of results/*.jsonl."""
+    return ["| field | meaning |", "|---|---|",
+            *(f"| `{name}` | {meaning} |" for name, meaning in labels.FIELDS.items())]
+
+
 TABLES = {"results": results_table, "differences": differences, "source": source,
           "sweeps": sweeps, "summary": summary, "speed": speed, "measured": measured,
           "population": population, "rgs": rgs_steps, "growth": growth, "fits": fits,
           "scaling": scaling, "reach": reach, "gaps": gaps, "again": again, "heart": heart,
-          "log": log}
+          "log": log, "fields": fields}
 PAGES = [experiments.ROOT / page for page in ("README.md", "docs/runs.md", "results/README.md",
                                               "benchmarks/README.md")]
 
@@ -351,5 +358,6 @@ def filled(text):
 
 
 if __name__ == "__main__":
+    labels.main()
     for page in PAGES:
         page.write_text(filled(page.read_text()))

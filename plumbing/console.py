@@ -26,6 +26,12 @@ class Interrupted(Exception):
     """A signal asked to stop; everything is saved. args: its number, and how to go on."""
 
 
+def warn(text):
+    """One line on stderr, of the first of many processes: allowed, but probably a mistake."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {text}", file=sys.stderr)
+
+
 # --------------------------------------------------------------------------------------- settings
 
 class Setting(NamedTuple):
@@ -152,6 +158,20 @@ def check_together(config, relaxations, error):
               f"--opt {opt}; use fixed")
 
 
+def warn_without_effect(settings, given, config):
+    """Name what was given, but is not read with the other settings. Whose meaning begins "rgs,
+    pgpe: ..." is read if another setting, which has these among its choices, has one of them."""
+    for name in given.keys() & settings.keys():
+        words, colon, _ = settings[name].meaning.partition(": ")
+        readers = words.split(", ")
+        for other, setting in settings.items():
+            choices = setting.limits if isinstance(setting.limits, tuple) else ()
+            if colon and set(readers) <= set(choices) and config[other] not in readers:
+                warn(f"--{name.replace('_', '-')} has no effect with --{other.replace('_', '-')} "
+                     f"{config[other]}: only {words} read it")
+                break
+
+
 def refuse_others(parser, given, option, *allowed):
     """With this option, only those allowed may be given: a run keeps its settings."""
     others = sorted(given.keys() - {option, *allowed})
@@ -197,14 +217,15 @@ def count(low, high=10 ** 9):
 # --------------------------------------------------------------------------------------- printing
 
 class Progress:
-    """One line that rewrites itself on a terminal; elsewhere a line at most every few seconds."""
+    """One line that rewrites itself on a terminal; elsewhere a line at most every 10 seconds, but
+    every 3 in the first minute."""
 
-    def __init__(self, every=10.0):
-        self.terminal, self.last = sys.stdout.isatty(), 0.0
-        self.every = 0.2 if self.terminal else every
+    def __init__(self):
+        self.terminal, self.last, self.begun = sys.stdout.isatty(), 0.0, time.time()
 
     def __call__(self, line, force=False):
-        if force or time.time() - self.last >= self.every:
+        every = 0.2 if self.terminal else 3.0 if time.time() < self.begun + 60 else 10.0
+        if force or time.time() - self.last >= every:
             print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n",
                   flush=True)
             self.last = time.time()
@@ -227,15 +248,17 @@ def header(config, data, net):
 
 def show_training(rows, config, show):
     """The end of the log in one line, and a warning if nothing was learnt."""
-    last, guessing = rows[-1], math.log(config["classes"])
-    if "taps" in config["relax"]:                       # its loss is the product of two
-        guessing = guessing ** 2
+    last, classes = rows[-1], config["classes"]
+    power = 2 if "taps" in config["relax"] else 1             # its loss is a product of two
+    guessing = math.log(classes) ** power
     show.done(f"trained {len(rows)} epochs in {duration(last['seconds'])}: loss "
               f"{last['loss']:.4f}, {100 * last['certified']:.1f} % certified in training")
     if config["ramp"] < config["epochs"] and last["loss"] > 0.98 * guessing:
-        print(f"warning: the loss is that of guessing {config['classes']} classes, {guessing:.3f}; "
-              "try a longer --ramp, a smaller --eps-train or --lr, or --relax box",
-              file=sys.stderr)
+        more = last["loss"] / guessing - 1
+        what = "about that" if more < 0.05 else f"{100 * more:.0f} % above that" if more < 1 else \
+            f"{more + 1:.3g} times that"
+        warn(f"the loss, {last['loss']:.4g}, is {what} of guessing {classes} classes, "
+             f"{guessing:.3f}; try a longer --ramp, a smaller --eps-train or --lr, or --relax box")
 
 
 TITLES = {"natural": "natural accuracy", "attack": "under attack (PGD)",

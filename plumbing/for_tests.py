@@ -12,7 +12,7 @@ import torch.nn as nn
 
 import train
 from plumbing.console import InputError, run
-from plumbing.data import CIFAR_FILE, MNIST_FILES
+from plumbing.data import CIFAR_FILE, CIFAR_PYTHON, MNIST_FILES
 
 
 def random_bn(channels, kind=nn.BatchNorm2d):
@@ -118,6 +118,41 @@ def fake_cifar(folder, zipped, n=3):
         (folder / "cifar-10-batches-bin").mkdir()
         for name, b in files.items():
             (folder / "cifar-10-batches-bin" / name).write_bytes(b)
+    return files
+
+
+def python2_pickle(pixels, labels):
+    """A batch of CIFAR-10 as Python 2 and its numpy pickled it, instruction by instruction."""
+    word = lambda text: b"U" + bytes([len(text)]) + text
+    names = b"".join(word(b"%d.png" % i) for i in range(len(labels)))
+    array = (b"cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85"
+             + word(b"b") + b"\x87q\x05Rq\x06(K\x01M" + len(pixels).to_bytes(2, "little")
+             + b"M\x00\x0c\x86q\x07cnumpy\ndtype\nq\x08" + word(b"u1")
+             + b"K\x00K\x01\x87q\x09Rq\x0a(K\x03" + word(b"|")
+             + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T" + pixels.size.to_bytes(4, "little") + pixels.tobytes() + b"tb")
+    return (b"\x80\x02}q\x01(" + word(b"batch_label") + word(b"training batch 1 of 5")
+            + word(b"labels") + b"]q\x02(" + b"".join(b"K" + bytes([k]) for k in labels) + b"e"
+            + word(b"data") + array + word(b"filenames") + b"](" + names + b"eu.")
+
+
+def fake_cifar_python(folder, zipped, n=3, dump=python2_pickle):
+    """The same images as fake_cifar, in the python version of CIFAR-10."""
+    records = fake_cifar(folder / "binary", zipped=False, n=n)
+    files = {}
+    for name, content in records.items():
+        table = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+        files[name.removesuffix(".bin")] = dump(table[:, 1:], table[:, 0].tolist())
+    if zipped:
+        with tarfile.open(folder / CIFAR_PYTHON, "w:gz") as tar:
+            for name in ("data_batch_4", "test_batch", *sorted(files.keys() - {"data_batch_4",
+                                                                              "test_batch"})):
+                info = tarfile.TarInfo("cifar-10-batches-py/" + name)
+                info.size = len(files[name])
+                tar.addfile(info, io.BytesIO(files[name]))
+    else:
+        (folder / "cifar-10-batches-py").mkdir()
+        for name, content in files.items():
+            (folder / "cifar-10-batches-py" / name).write_bytes(content)
     return files
 
 

@@ -107,7 +107,8 @@ def parse_args(argv, stages, settings):
     p.add_argument("--net", type=settings["net"].limits,
                    help="with --weights: " + settings["net"].meaning)
     p.add_argument("--dataset", type=settings["dataset"].limits,
-                   help="with --weights: " + settings["dataset"].meaning)
+                   help="with --weights: " + settings["dataset"].meaning
+                   + "; else PATH.npz, if the run's has moved")
     p.add_argument("--samples", type=count(1), help="first N test images; default: the run's")
     p.add_argument("--validation", type=count(0), help="certify the last N training images, not "
                    "those of the test; 0: those of the test; default: the run's")
@@ -127,8 +128,8 @@ def parse_args(argv, stages, settings):
     p.add_argument("--out", help="JSON lines, one verdict each; default: certify-epsEPS.jsonl in "
                    "the run folder, or beside FILE")
     args = p.parse_args(argv)
-    foreign = [args.weights, args.net, args.dataset]
-    if any(foreign) and (args.run or not all(foreign)):
+    foreign = [args.weights, args.net]
+    if any(foreign) and (args.run or not all([*foreign, args.dataset])):
         p.error("argument --weights: takes --net and --dataset, and no run folder; a run keeps its "
                 "own")
     if args.out and len(args.eps or ()) > 1:

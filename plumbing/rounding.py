@@ -46,15 +46,18 @@ def unit_of(net):
 
 def check_finite(value, norm, where, explain):
     """FloatingPointError if the loss or the gradient's norm of a step is not finite; explain says
-    which numbers were not."""
+    which numbers were not, "" if bounds and gradients are: then a finite loss leaves the norm."""
     if not (value.isfinite() and norm.isfinite()):
+        what = explain() or ("the gradient is finite, but the sum of its squares is not"
+                             if value.isfinite() else
+                             "the bounds of the output, or a regulariser, are not finite")
         raise FloatingPointError(
-            f"{where}: the loss is {value:.4g}, the gradient's norm {norm:.4g}; {explain()}. Try a "
+            f"{where}: the loss is {value:.4g}, the gradient's norm {norm:.4g}; {what}. Try a "
             "smaller --lr or a longer --ramp; the last good checkpoint is kept")
 
 
 def first_not_finite(net, bounds, gradients):
-    """Where numbers stop being finite: a layer's bounds, else a parameter's gradient.
+    """Where numbers stop being finite: a layer's bounds, else a parameter's gradient, else "".
 
     bounds: (l, u) before each ReLU. gradients: {name of the parameter: gradient}.
     """
@@ -65,4 +68,4 @@ def first_not_finite(net, bounds, gradients):
     for name, g in gradients.items():
         if not g.isfinite().all():
             return f"the gradient of layer {name} is not finite"
-    return "the bounds of the output, or a regulariser, are not finite"
+    return ""

@@ -14,20 +14,25 @@ import zipfile
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 try:
     import fcntl
 except ImportError:      # not on Windows: there, nothing keeps two processes from one run folder
     fcntl = None
 
+import numpy as np
 import torch
 
-from plumbing.console import InputError, Interrupted, duration
-from plumbing.data import check_zip
+from plumbing.console import InputError, Interrupted, defaults, duration, warn
+from plumbing.data import check_zip, dataset_kind, hold_out, load_dataset
+from plumbing.networks import is_file
 from plumbing.processes import any_process, check_agreement, from_first, ranks
+from plumbing.timing import time_left
 
 CHECKPOINT = 2           # version of the checkpoint's layout
 SAVE_EVERY = 60.0        # seconds, and after each epoch
+MAY_CHANGE = {"out", "dataset", "dataset_path", "data_dir", "device"}     # between start and resume
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -114,17 +119,52 @@ def _read_plain(path):
 
 def circumstances(data, config, device):
     """What fixes a run beside its options."""
+    path = config["dataset"] if dataset_kind(config["dataset"]) == "npz" else ""
     return dict(
         input_shape=list(data.x_train.shape[1:]), classes=data.classes, device=str(device),
         threads=torch.get_num_threads(), processes=ranks()[1], torch=str(torch.__version__),
-        fingerprint=fingerprint(data, config))
+        fingerprint=fingerprint(data, config), dataset_path=path and str(Path(path).resolve()))
 
 
-def check_same_images(data, config):
-    """A run goes on on the same images only."""
+def data_of_run(config):
+    """The data set of a run, new or not. An .npz file may have moved: of those with its name where
+    the run had it, here, and in --data-dir, it is the one with the checksum of the run's images.
+    Raises InputError."""
+    name, folder = config["dataset"], Path(config["data_dir"])
+    if dataset_kind(name) != "npz":
+        return load_dataset(name, folder)
+    places = Path(name), folder / name, folder / Path(name).name, Path(config.get("dataset_path")
+                                                                       or name)
+    there = [place for place in dict.fromkeys(places) if place.is_file()]
+    if not there:
+        raise InputError(f"{name}: no such file; name it with --dataset PATH.npz, or its folder "
+                         "with --data-dir")
+    found = [load_dataset(str(there[0]))]
+    while len(there) > len(found) and not is_trained_on(found[-1], config):
+        found.append(load_dataset(str(there[len(found)])))
+    return found[-1] if is_trained_on(found[-1], config) else found[0]
+
+
+def is_trained_on(data, config):
+    """Are these the images that a run has trained on? Of a new one, they are."""
+    held = hold_out(data, config["validation"])
+    return config.get("fingerprint", fingerprint(held, config)) == fingerprint(held, config)
+
+
+def check_unchanged(data, config):
+    """A run goes on on the same images only; and with the settings of its checkpoint, if those of
+    config.json have been edited."""
+    folder, edited = config["out"], ""
     if fingerprint(data, config) != config["fingerprint"]:
-        raise InputError(f"{config['out']} was trained on other images than {config['dataset']} "
-                         f"has in {config['data_dir']}")
+        raise InputError(f"{folder} was trained on other images than {config['dataset']} has in "
+                         f"{config['data_dir']}; name its own with --dataset or --data-dir")
+    with suppress(OSError, ValueError, AttributeError):
+        there = json.loads((run_folder(folder) / "config.json").read_text())
+        saved = json.loads(json.dumps(config))
+        edited = ", ".join(f"{k} {there[k]} instead of {saved[k]}" for k in sorted(saved)
+                           if k in there.keys() - MAY_CHANGE and there[k] != saved[k])
+    if edited:
+        warn(f"{folder}/config.json has been edited ({edited}); what checkpoint.pt has counts")
 
 
 def fingerprint(data, config):
@@ -133,8 +173,11 @@ def fingerprint(data, config):
 
 
 def checksum(*tensors):
-    arrays = (t.detach().cpu().numpy() for t in tensors)
-    return zlib.crc32(b"".join(a.tobytes() for a in arrays))
+    """CRC-32 of their bytes, one after the other; takes no memory for large ones."""
+    value = 0
+    for t in tensors:
+        value = zlib.crc32(np.ascontiguousarray(t.detach().cpu().numpy()).reshape(-1), value)
+    return value
 
 
 def lengthen(folder, net, saved, config, training):
@@ -177,16 +220,18 @@ def locked(folder):
 
 
 @contextmanager
-def new_folder(config, net):
+def new_folder(config, net, settings=MappingProxyType({})):
     """A folder that no other run has or gets, claimed as long as the block runs: config["out"], or
     runs/NAME, runs/NAME-2, ...  It holds config.json and checkpoint.pt; config["out"] is its path.
-    The first of many processes makes it."""
+    settings: {name: Setting}; those without their default value are part of NAME. The first of many
+    processes makes it."""
     if ranks()[0]:
         config["out"] = from_first(None)
         yield
         return
     what = *(Path(config[k]).stem for k in ("dataset", "net")), config["relax"], config["opt"]
-    folder = _create(Path(config["out"])) if config["out"] else _create_first("-".join(what))
+    name = "-".join([*what, *told_apart(config, settings)])
+    folder = _create(Path(config["out"])) if config["out"] else _create_first(name)
     with locked(folder):
         if any(folder.iterdir()):           # another run was here between its making and its lock
             raise InputError(f"--out {folder} exists already; name another folder, or delete it")
@@ -194,6 +239,30 @@ def new_folder(config, net):
         write_config(folder, config)
         save_checkpoint(folder, net, config)
         yield
+
+
+# Settings that no name of a folder tells: those it has anyway, and those of size, place and speed.
+UNTOLD = {"dataset", "net", "relax", "opt", "epochs", "ramp", "milestones", "members",
+          "skip_stable", "weights", "device", "data_dir", "subset", "validation", "test_subset",
+          "out", "resume"}
+
+
+def told_apart(config, settings):
+    """What makes a run different from others by the same method, as in ["sigma0.03", "seed1"]."""
+    if not settings:
+        return []
+    usual = defaults(settings, dataset_kind(config["dataset"]), config["opt"])
+    usual["eps_train"] = config["eps"]
+    if is_file(config["net"]):
+        usual["init"] = "default"
+    words = []
+    for name in settings:
+        value = config.get(name, usual[name])
+        if name not in UNTOLD and value != usual[name]:
+            no = "no-" * (value is False)
+            text = f"{value:.4g}" if type(value) in (int, float) else str(value)
+            words.append(no + name.replace("_", "-") + text * (type(value) is not bool))
+    return words
 
 
 def _create(out):
@@ -258,11 +327,11 @@ def write_log(folder, rows):
     write_whole(Path(folder) / "log.csv", text.getvalue().encode())
 
 
-def progress_line(now, epoch, step, steps, config, eps, numbers):
-    """One line while it runs; epoch and step, of so many, count from 1."""
-    left = now["seconds"] / now["done"] * (config["epochs"] * steps - now["done"])
+def progress_line(now, epoch, step, steps, config, eps, numbers, left):
+    """One line while it runs; epoch and step, of so many, count from 1; left: seconds."""
     rate = step * config["batch_size"] / (now["seconds"] - now["began"])
-    return (f"epoch {epoch}/{config['epochs']}  batch {step}/{steps}  eps {eps:.4f}  "
+    of_full = f" of {config['eps_train']:.2g}" * (eps < config["eps_train"])
+    return (f"epoch {epoch}/{config['epochs']}  batch {step}/{steps}  eps {eps:.2g}{of_full}  "
             f"loss {numbers[0]:.4f}  certified {100 * numbers[1]:.1f} %  {rate:.0f} samples/s  "
             f"{duration(left)} left")
 
@@ -277,6 +346,8 @@ def requests_to_stop():
         if requests:
             raise KeyboardInterrupt
         requests.append(number)
+        if ranks()[0] == 0:                         # print may be what the signal has interrupted
+            os.write(2, b"\nfinishing this batch; once more ends at once\n")
 
     requests = []
     if threading.current_thread() is not threading.main_thread():
@@ -291,18 +362,20 @@ def requests_to_stop():
 
 
 @contextmanager
-def recording(folder, net, config, now, n, show, **generators):
+def recording(folder, net, config, now, n, show, lengths, **generators):
     """Yields a function to call after each step, record(epoch, step, eps, numbers, images): it
     counts, shows, logs, saves, and stops.
 
     net, now (see at_start) and generators, which are the optimiser and the generators, are what is
     saved in folder, if there is one: after each epoch over n images, every SAVE_EVERY seconds, and
     before it stops. That is once a signal has asked any of many processes to, and by raising
-    Interrupted in all; the first of them saves. epoch and step count from 0; numbers: (3,), the
-    loss, the certified fraction and the gradient norm of so many images.
+    Interrupted in all; the first of them saves. lengths: of all steps, see time_left. epoch and
+    step count from 0; numbers: (3,), the loss, the certified fraction and the gradient norm of so
+    many images.
     """
     size, begun, saved = config["batch_size"], time.time() - now["seconds"], time.time()
     steps, how = -(-n // size), f"python train.py --resume {folder}"
+    left = time_left(lengths, now["done"])
 
     def save():
         if ranks()[0] == 0 and folder:
@@ -317,8 +390,9 @@ def recording(folder, net, config, now, n, show, **generators):
             now.update(began=now["seconds"], totals=torch.zeros_like(numbers))
         now["done"] += 1
         now["totals"] += numbers * images
-        now["seconds"] = time.time() - begun
-        show(progress_line(now, epoch + 1, step + 1, steps, config, eps, numbers))
+        before, now["seconds"] = now["seconds"], time.time() - begun
+        show(progress_line(now, epoch + 1, step + 1, steps, config, eps, numbers,
+                           left(now["seconds"] - before)))
         whole_epoch = step + 1 == steps
         if whole_epoch:
             lr = generators["optimizer"].param_groups[0]["lr"]
@@ -346,6 +420,10 @@ def at_start(sigma):
     """
     return dict(done=0, seconds=0.0, began=0.0, order=None, rows=[], sigma=sigma,
                 totals=torch.zeros(3, device=sigma.device))
+
+
+def is_finished(config, training):
+    return bool(training) and len(training.get("rows") or []) >= config["epochs"]
 
 
 def restored(training, start, **generators):

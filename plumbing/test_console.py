@@ -6,7 +6,7 @@ import torch
 
 import train
 from plumbing import console
-from plumbing.for_tests import command
+from plumbing.for_tests import command, weights
 
 
 @pytest.mark.parametrize("args, words", [
@@ -70,3 +70,53 @@ def test_the_parser_gives_what_was_given_and_the_table_the_rest():
 def test_options_are_written_out(capsys, args):
     assert command(train.main, *args) == 2
     assert "unrecognized arguments" in capsys.readouterr().err
+
+
+EFFECTS = {   # a value of each setting that only some read, and where one does and one does not
+    "sigma": ("0.05", "--opt rgs", "--opt grad"), "samples": ("4", "--opt rgs", "--opt grad"),
+    "antithetic": (None, "--opt rgs", "--opt pgpe --samples 4"),
+    "sigma-lr": ("0.3", "--opt pgpe --samples 4 --sigma-adapt scalar", "--opt pgpe --samples 4"),
+    "beta": ("0.5", "--relax crown-ibp", "--relax box"),
+    "alpha": ("0.7", "--relax mtl-ibp", "--relax sabr"),
+    "lam": ("0.9", "--relax sabr", "--relax box"),
+    "slope-steps": ("1", "--relax alpha-crown", "--relax deeppoly"),
+    "skip-stable": (None, "--relax deeppoly", "--relax crown-ibp")}
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_what_has_no_effect_is_said_and_only_then(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    value, reads, ignores = EFFECTS[name]
+    given = [f"--no-{name}"] if value is None else [f"--{name}", value]
+    common = "--net small --epochs 2 --ramp 1 --subset 96 --batch-size 32 --test-subset 2".split()
+    for words, effect in ((reads, True), (ignores, False)):
+        for out, more in (("with", given), ("without", [])):
+            out_folder = f"{out}{effect}"
+            assert command(train.main, *common, *words.split(), *more, "--out", out_folder) == 0
+            said = f"warning: --{name} has no effect with --" in capsys.readouterr().err
+            assert said == (out == "with" and not effect)
+        same = [torch.equal(a, b) for a, b in zip(weights(f"with{effect}").values(),
+                                                  weights(f"without{effect}").values())]
+        assert all(same) != effect
+
+
+@pytest.mark.parametrize("loss, words", [
+    (2.3, "is about that of guessing"), (37.0, "is 16.1 times that of guessing"),
+    (76663.0, "is 3.33e+04 times that of"), (2.9, "is 26 % above that of guessing"), (1.0, "")])
+def test_a_loss_is_called_that_of_guessing_if_it_is(capsys, loss, words):
+    row = dict(loss=loss, certified=0.1, seconds=1.0)
+    console.show_training([row], dict(classes=10, ramp=1, epochs=2), console.Progress())
+    err = capsys.readouterr().err
+    assert words in err and bool(err) == bool(words) and err.count("\n") <= 1
+
+
+def test_progress_is_never_silent_for_long_in_the_first_minute(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(console.time, "time", lambda: now[0])
+    show, seen = console.Progress(), []
+    for _ in range(240):
+        show("line")
+        seen += [now[0]] * bool(capsys.readouterr().out)
+        now[0] += 0.5
+    gaps = [b - a for a, b in zip(seen, seen[1:])]
+    assert max(gaps[:19]) <= 3 and max(gaps) <= 10 and min(gaps) >= 3

@@ -3,6 +3,8 @@ import gzip
 import hashlib
 import http.server
 import json
+import os
+import pickle
 import resource
 import tarfile
 import threading
@@ -16,8 +18,9 @@ import torch.nn as nn
 import certify
 import train
 from plumbing.console import InputError
-from plumbing.data import CIFAR_FILE, MNIST_FILES
-from plumbing.for_tests import QUICK, command, fake_cifar, fake_mnist, fuzz, npz, same_as
+from plumbing.data import CIFAR_FILE, CIFAR_PYTHON, MNIST_FILES, MNIST_RAW
+from plumbing.for_tests import (QUICK, command, fake_cifar, fake_cifar_python, fake_mnist, fuzz,
+                                idx, npz, python2_pickle, same_as)
 
 
 def test_hold_out_takes_the_last_training_images_for_the_test(tmp_path, capsys):
@@ -54,7 +57,7 @@ def test_augment_shifts_and_flips():
 
 
 @pytest.mark.parametrize("place, zipped", [
-    ("MNIST/raw", True), ("MNIST/raw", False), (".", True), (".", False)])
+    ("MNIST/raw", True), ("MNIST/raw", False), ("raw", True), (".", True), (".", False)])
 def test_mnist_files(tmp_path, place, zipped):
     content = fake_mnist(tmp_path / place, zipped)
     data = train.load_dataset("mnist", tmp_path)
@@ -81,6 +84,32 @@ def test_damaged_mnist(tmp_path, damage, message, zipped):
         train.load_dataset("mnist", tmp_path)
 
 
+def test_what_is_not_mnist_but_in_its_form_is_used_and_named(tmp_path, capsys, monkeypatch):
+    content = fake_mnist(tmp_path, True)                       # as Fashion-MNIST and KMNIST come
+    train.load_dataset("mnist", tmp_path)
+    assert "4 of 4 files are not those of the original mnist" in capsys.readouterr().err
+    sums = [hashlib.md5(content[name]).hexdigest() for name in MNIST_FILES]
+    monkeypatch.setattr("plumbing.data.MNIST_RAW", sums)
+    train.load_dataset("mnist", tmp_path)
+    assert not capsys.readouterr().err and len(set(MNIST_RAW)) == 4
+
+
+@pytest.mark.parametrize("name, other, words", [
+    ("train-labels-idx1-ubyte", b"\0\0\x0c\2" + np.array([20, 8], ">i4").tobytes() + bytes(640),
+     r"int32 of shape \(20, 8\)"),                                        # QMNIST's labels
+    ("train-labels-idx1-ubyte", idx(np.zeros((20, 28, 28)), 0x803), r"uint8 of shape \(20, 28"),
+    ("train-images-idx3-ubyte", idx(np.zeros((20, 32, 32)), 0x803), r"uint8 of shape \(20, 32"),
+    ("train-images-idx3-ubyte", np.array([0x803, 697_932, 28, 28], ">i4").tobytes(),
+     r"uint8 of shape \(697932, 28, 28\)"),                               # EMNIST by class
+    ("train-labels-idx1-ubyte", idx(np.arange(1, 21), 0x801), "labels outside 0..9: 1 to 20")])
+def test_valid_files_of_other_data_sets_are_not_to_be_deleted(tmp_path, name, other, words):
+    fake_mnist(tmp_path, True)
+    (tmp_path / (name + ".gz")).write_bytes(gzip.compress(other))
+    with pytest.raises(InputError, match=words) as error:
+        train.load_dataset("mnist", tmp_path)
+    assert "delete" not in str(error.value)
+
+
 def test_damaged_gzip_and_wrong_labels(tmp_path):
     content = fake_mnist(tmp_path, True)
     path = tmp_path / "train-labels-idx1-ubyte.gz"
@@ -103,6 +132,48 @@ def test_cifar_files(tmp_path, zipped):
     record = np.frombuffer(files["data_batch_2.bin"], np.uint8)[:3073]       # image 3
     assert data.y_train[3] == record[0]
     assert torch.equal(data.x_train[3].flatten(), torch.tensor(record[1:]) / 255)
+
+
+FORMS = {"pickles of Python 2": python2_pickle,
+         "pickles of Python 3": lambda x, y: pickle.dumps({"data": x, "labels": np.array(y)}, 4),
+         "in columns": lambda x, y: pickle.dumps({b"labels": y, b"data": np.asfortranarray(x)}, 2)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_cifar_as_torchvision_leaves_it_is_the_same(tmp_path, zipped, form, capsys):
+    fake_cifar_python(tmp_path, zipped, dump=FORMS[form])
+    same_as(train.load_dataset("cifar10", tmp_path / "binary"))(
+        train.load_dataset("cifar10", tmp_path), None)
+    assert "6 of 6 files are not those of the original CIFAR-10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda x, y: pickle.dumps({"data": x, "fine_labels": y}), "it is CIFAR-100's"),
+    (lambda x, y: pickle.dumps({"data": x[:, 1:], "labels": y}), r"not uint8 \(n, 3072\)"),
+    (lambda x, y: pickle.dumps({"data": x.astype(int), "labels": y}), "its images are int64"),
+    (lambda x, y: pickle.dumps({"data": x, "labels": y[1:]}), "no 3 labels"),
+    (lambda x, y: pickle.dumps({"data": x, "labels": [10, *y[1:]]}), "no 3 labels of 0 to 9"),
+    (lambda x, y: pickle.dumps({"data": x, "labels": [True] * 3}), "no 3 labels of 0 to 9"),
+    (lambda x, y: pickle.dumps({"data": x.tolist(), "labels": y}), "no arrays of images"),
+    (lambda x, y: pickle.dumps([x, y]), "no arrays of images"),
+    (lambda x, y: python2_pickle(x, y)[:-7], "is no batch of CIFAR-10"),
+    (lambda x, y: pickle.dumps({"data": x, "labels": y, "c": os.system}, 2),
+     "system', which is never imported")])
+def test_batches_that_are_none(tmp_path, change, message):
+    fake_cifar_python(tmp_path, False, dump=change)
+    with pytest.raises(InputError, match=message) as error:
+        train.load_dataset("cifar10", tmp_path)
+    assert "\n" not in str(error.value) and "data_batch_1" in str(error.value)
+
+
+@pytest.mark.parametrize("make, name, inner", [
+    (fake_cifar_python, "cifar10", "cifar-10-batches-py"),
+    (fake_cifar, "cifar10", "cifar-10-batches-bin")])
+def test_data_dir_may_be_the_folder_itself_or_the_one_above(tmp_path, make, name, inner):
+    make(tmp_path, zipped=False)
+    above = train.load_dataset(name, tmp_path)
+    same_as(above)(train.load_dataset(name, tmp_path / inner), None)
 
 
 def test_damaged_cifar(tmp_path):
@@ -148,6 +219,10 @@ def test_npz(tmp_path):
     (dict(x_train=np.full((12, 6, 5, 3), np.nan)), "NaN"),
     (dict(x_train=np.zeros((12, 6, 5, 3), int)), "uint8 or float"),
     (dict(x_train=np.zeros((12, 90))), "has to be uint8 or float images"),
+    (dict(x_train=np.zeros((12, 90), np.uint8)), r"got uint8 \(12, 90\)"),
+    (dict(x_train=np.full((12, 6, 5, 3), -1.5)), "undo the normalisation"),
+    (dict(x_train=np.full((12, 6, 5, 3), 200.)), "divide by the largest value"),
+    (dict(y_train=np.zeros(12, int), y_test=np.zeros(4, int)), "needs two classes"),
     (dict(x_test=np.zeros((4, 5, 5, 3))), "test images"),
     (dict(x_train=np.array([{}] * 12)), "not a readable")])
 def test_bad_npz(tmp_path, change, message):
@@ -155,6 +230,25 @@ def test_bad_npz(tmp_path, change, message):
     npz(path, **change)
     with pytest.raises(InputError, match=message):
         train.load_dataset(str(path))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(x_train=np.ones((12, 8, 8, 4), np.float32), x_test=np.ones((4, 8, 8, 4), np.float32)),
+     ["(12, 8, 8, 4) is read as 8 channels of 8 x 4 pixels"]),
+    (dict(y_train=np.arange(12) % 4 + 1, y_test=np.arange(4) + 1),
+     ["1 of 5 classes have no training image (0)", "labels are 1 to 4"]),
+    (dict(y_train=np.arange(12) % 4 * 9, y_test=np.arange(4) * 9), ["24 of 28", "0 to 27"]),
+    (dict(x_train=np.ones((12, 8, 8), np.uint8), x_test=np.ones((4, 8, 8), np.uint8)),
+     ["no value above 1;", "x / 1 as float32"]),
+    (dict(x_train=np.full((12, 8, 8), 16, np.uint8), x_test=np.ones((4, 8, 8), np.uint8)),
+     ["no value above 16;"]),
+    (dict(y_train=(np.arange(12) % 4)[:, None], y_test=np.arange(4)[:, None]), [])])
+def test_what_is_probably_a_mistake_is_one_line_of_warning(tmp_path, capsys, change, words):
+    npz(tmp_path / "own.npz", **change)
+    data = train.load_dataset(str(tmp_path / "own.npz"))
+    err = capsys.readouterr().err
+    assert err.count("\n") == bool(words) and all(word in err for word in words)
+    assert data.y_train.shape == (12,)
 
 
 def test_files_that_are_no_npz(tmp_path):
@@ -178,7 +272,7 @@ def server(tmp_path):
         s.shutdown()
 
 
-def test_download_tries_mirrors_and_checks_what_came(tmp_path, server, monkeypatch):
+def test_download_tries_mirrors_and_checks_what_came(tmp_path, server, monkeypatch, capsys):
     folder, url = server
     fake_mnist(folder, True)
     (folder / "damaged").mkdir()
@@ -191,6 +285,11 @@ def test_download_tries_mirrors_and_checks_what_came(tmp_path, server, monkeypat
     target = tmp_path / "data"
     target.mkdir()
     assert len(train.load_dataset("mnist", target).x_train) == 20
+    said = capsys.readouterr().out
+    for name in sums:                                              # from where, how large, how far
+        size = f"{(folder / (name + '.gz')).stat().st_size / 1e6:.1f} MB"
+        assert f"downloading {url}{name}.gz: {size}" in said
+        assert f"downloaded {url}{name}.gz: {size}, to {target / 'MNIST/raw'}" in said
     names = sorted(p.name for p in target.rglob("*") if p.is_file())
     assert names == sorted(n + ".gz" for n in sums)
     monkeypatch.setattr("plumbing.data.MNIST_MIRRORS", (url + "damaged/", "http://127.0.0.1:1/"))
@@ -237,6 +336,20 @@ def test_fuzzed_cifar(tmp_path):
     def plausible(data, _):
         assert data.x_train.shape[1:] == (3, 32, 32) and len(data.x_test) == len(data.y_test)
     fuzz(plain, zipped_again, plausible, count=1000)
+
+
+def test_fuzzed_cifar_of_torchvision(tmp_path):
+    fake_cifar_python(tmp_path / "zipped", zipped=True, n=1)
+    load = lambda: train.load_dataset("cifar10", tmp_path / "zipped")
+    fuzz(tmp_path / "zipped" / CIFAR_PYTHON, load, same_as(load()), count=1000)
+    fake_cifar_python(tmp_path, zipped=False, n=1)
+    load = lambda: train.load_dataset("cifar10", tmp_path)
+    good = load()
+    def plausible(data, _):           # a batch has no checksum that all have: pixels may be others
+        assert data.x_train.shape == (5, 3, 32, 32) and torch.equal(data.x_test, good.x_test)
+        assert ((0 <= data.y_train) & (data.y_train < 10)).all() and data.x_train.max() <= 1
+    batch = tmp_path / "cifar-10-batches-py/data_batch_2"
+    fuzz(batch, load, plausible)
 
 
 def test_fuzzed_npz(tmp_path):

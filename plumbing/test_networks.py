@@ -90,6 +90,13 @@ def test_what_describes_no_network_is_one_line(layers, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_settings_of_no_layer_are_refused_before_anything_is_built():
+    layers = [["0", "Flatten", {}],
+              ["1", "Linear", dict(in_features=64, out_features=10, device="cpu")]]
+    with pytest.raises(ValueError, match="settings that Linear does not have"):
+        networks.from_description(layers, train.LAYERS, (1, 8, 8))
+
+
 def test_a_network_of_ones_own_trains_goes_on_and_is_certified_without_its_file(
         tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -85,7 +85,7 @@ def test_processes_share_the_images_to_certify(tmp_path, monkeypatch):
     assert one == many and len(read("many.jsonl")) == 41 and len(set(one.values())) > 1
     lines = Path("many.jsonl").read_text().splitlines(keepends=True)
     Path("many.jsonl").write_text("".join(lines[:11]))               # as an interrupted job leaves
-    Path("many.jsonl.2").write_text("".join([lines[0], *lines[11:21]]))
+    Path("many.jsonl.process2").write_text("".join([lines[0], *lines[11:21]]))
     assert together(2, *args, "--out", "many.jsonl", main=certify.main) == [0] * 2
     assert {r["index"]: r["status"] for r in read("many.jsonl")[1:]} == one
     assert len(read("many.jsonl")) == 41 and not list(Path().glob("many.jsonl.*"))

@@ -241,11 +241,67 @@ def test_progress_and_the_log_by_hand():
     """After 5 of 12 steps in 10 s, of which 2 of 3 steps, 8 images each, since second 4."""
     now = dict(done=5, seconds=10.0, began=4.0, sigma=torch.tensor([0.1, 0.3]),
                totals=torch.tensor([40.0, 10.0, 60.0]))
-    config = dict(epochs=4, batch_size=8)
-    line = runs.progress_line(now, 2, 2, 3, config, 0.05, torch.tensor([2.5, 0.75, 1.0]))
-    assert line == ("epoch 2/4  batch 2/3  eps 0.0500  loss 2.5000  certified 75.0 %  3 samples/s  "
-                    "0:00:14 left")
+    config = dict(epochs=4, batch_size=8, eps_train=2 / 255)
+    numbers = torch.tensor([2.5, 0.75, 1.0])
+    line = runs.progress_line(now, 2, 2, 3, config, 3.14e-12, numbers, 14.4)
+    assert line == ("epoch 2/4  batch 2/3  eps 3.1e-12 of 0.0078  loss 2.5000  certified 75.0 %  "
+                    "3 samples/s  0:00:14 left")
+    assert "  eps 0.0078  " in runs.progress_line(now, 2, 2, 3, config, 2 / 255, numbers, 14.4)
     row = runs.log_row(now, 2, 0.05, 0.01, 20)
     assert row == pytest.approx(dict(epoch=2, eps=0.05, lr=0.01, sigma=0.2, loss=2, certified=0.5,
                                      gradient=3, seconds=10, samples_per_s=20 / 6))
     assert list(row) == list(runs.LOG)
+
+
+def test_own_data_is_found_by_its_checksum_wherever_it_is_now(tmp_path, monkeypatch, capsys):
+    (tmp_path / "begun").mkdir()
+    monkeypatch.chdir(tmp_path / "begun")
+    npz("own.npz")
+    own = "--dataset own.npz --net mlp --relax box --opt grad --epochs 1"
+    assert command(train.main, *own.split(), "--out", "run") == 0
+    Path("../here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    npz("own.npz", y_train=(np.arange(12) + 1) % 4)          # of the same name, but not the run's
+    run = ["../begun/run", "--stages", "box"]
+    assert command(train.main, "--resume", run[0]) == 0 == command(certify.main, *run)
+    Path("../moved").mkdir()
+    Path("../begun/own.npz").rename("../moved/else.npz")
+    capsys.readouterr()
+    assert command(train.main, "--resume", run[0]) == 2
+    assert "name its own with --dataset or --data-dir" in capsys.readouterr().err
+    assert command(train.main, "--resume", run[0], "--dataset", "../moved/else.npz") == 0
+    assert command(certify.main, *run, "--dataset", "../moved/else.npz") == 0
+    Path("../moved/else.npz").rename("../moved/own.npz")
+    assert command(train.main, "--resume", run[0], "--data-dir", "../moved") == 0
+    assert command(certify.main, *run, "--data-dir", "../moved") == 0
+    assert "other images" not in capsys.readouterr().err
+    assert command(certify.main, *run, "--out", "other.jsonl") == 0        # allowed, and said
+    assert "trained on other images" in capsys.readouterr().err
+    Path("own.npz").unlink()
+    assert command(certify.main, *run) == 2
+    assert "own.npz: no such file; name it with --dataset" in capsys.readouterr().err
+
+
+def test_an_edited_config_is_named_and_the_checkpoint_counts(tmp_path, capsys):
+    assert command(train.main, "--out", tmp_path / "run", *QUICK) == 0
+    before = weights(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    assert command(train.main, "--resume", tmp_path / "renamed") == 0
+    assert "edited" not in capsys.readouterr().err
+    path = tmp_path / "renamed/config.json"
+    path.write_text(path.read_text().replace('"epochs": 1', '"epochs": 7'))
+    assert command(train.main, "--resume", tmp_path / "renamed") == 0
+    words = "edited (epochs 7 instead of 1); what checkpoint.pt has counts"
+    assert words in capsys.readouterr().err
+    assert all(torch.equal(t, before[k]) for k, t in weights(tmp_path / "renamed").items())
+
+
+def test_the_folder_of_a_run_says_what_differs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in ([], ["--sigma", 0.03], ["--seed", 1, "--sigma", 0.01], ["--opt", "grad"],
+                  ["--eps", "8/255", "--no-antithetic", "--augment"]):
+        assert command(train.main, "--net", "mlp", "--epochs", 0, "--test-subset", 2, *words) == 0
+    assert {p.name for p in Path("runs").iterdir()} == {
+        "digits-mlp-" + name for name in (
+            "deeppoly-rgs", "deeppoly-rgs-sigma0.03", "deeppoly-rgs-seed1", "deeppoly-grad",
+            "deeppoly-rgs-eps0.03137-no-antithetic-augment")}

@@ -46,7 +46,30 @@ def test_certify_saves_what_it_finds_and_continues_where_it_stopped(tmp_path, ca
         assert {**a, "bound": 0} == {**b, "bound": 0}
     before = path.read_bytes()
     assert command(certify.main, run, "--eps", 0.07, "--steps", 3) == 2    # other settings
-    assert path.read_bytes() == before and "holds other results" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert "holds other results: steps is 40 there, 3 here" in capsys.readouterr().err
+    renamed = tmp_path / "renamed"                         # or copied: its weights are what counts
+    run.rename(renamed)
+    assert command(certify.main, renamed, "--eps", 0.07) == 0
+    assert "60 verdicts already in" in capsys.readouterr().out
+    assert command(certify.main, renamed, "--eps", 0.07, "--timeout", 5) == 2
+    assert "timeout is 30.0 there, 5.0 here. Go on with" in capsys.readouterr().err
+
+
+def test_no_two_files_of_verdicts_share_what_is_named_after_them(tmp_path):
+    names = ["v-eps0.1", "v-eps0.2", "v-eps0", "v", "v.jsonl", "v.json", "v[0-9].jsonl", "v.1"]
+    folders = [verdicts.points_of(tmp_path / name) for name in names]
+    assert len(set(folders)) == len(names)
+    known, file = verdicts.open_log(tmp_path / "v-eps0.1", dict(eps=0.1))
+    file.close()
+    row = verdicts.sealed(dict(index=5))
+    for name, other in (("v-eps0", "v-eps0.1"), ("v[0-9].jsonl", "v1.jsonl.process1")):
+        with open(tmp_path / other, "w") as file:
+            file.write(verdicts.sealed(dict(eps=0.1)) + "\n" + row + "\n")
+        before = (tmp_path / other).read_bytes()
+        known, file, todo = verdicts.open_share(tmp_path / name, dict(eps=0.1), 8)
+        file.close()
+        assert not known and (tmp_path / other).read_bytes() == before
 
 
 def test_verdicts_of_other_weights_are_not_those_of_the_run(tmp_path, capsys, monkeypatch):
@@ -58,7 +81,7 @@ def test_verdicts_of_other_weights_are_not_those_of_the_run(tmp_path, capsys, mo
     assert command(certify.main, run, "--stages", "box") == 0          # the same: continued
     assert command(train.main, "--resume", run) == 0
     assert command(certify.main, run, "--stages", "box") == 2
-    assert "holds other results" in capsys.readouterr().err
+    assert "of other weights (perhaps the run was trained on since)" in capsys.readouterr().err
 
 
 def test_fuzzed_verdicts(tmp_path):

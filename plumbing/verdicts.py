@@ -1,8 +1,10 @@
 """The file of verdicts: JSON lines, sealed by checksums, written as soon as each is known.
 
-The first line has the settings; a file is continued with the same settings only. With many
-processes each writes a file of its own, PATH.1, PATH.2, ..., which the first gathers into PATH.
+The first line has the settings; a file is continued with the same settings only, wherever it, the
+run or the images are now: these are known by their checksums. With many processes each writes a
+file of its own, PATH.process1, PATH.process2, ..., which the first gathers into PATH.
 """
+import glob
 import itertools
 import json
 import math
@@ -97,14 +99,15 @@ def open_log(path, header, read=dict):
     if path.stat().st_size:
         lines = path.read_bytes().split(b"\n")[:-1]            # what ends in a newline is complete
         try:
-            same = bool(lines) and unsealed(lines[0]) == header
-            for row in map(unsealed, lines[1:] if same else []):
+            other = differences(unsealed(lines[0]), header) if lines else ""
+            for row in map(unsealed, [] if other else lines[1:]):
                 known[row["index"]] = read(row)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            same = False
-        if lines and not same:
-            raise InputError(f"{path} holds other results, or is damaged; choose another file with "
-                             "--out, or delete it")
+            raise InputError(f"{path} is damaged, or no file of verdicts; choose another file with "
+                             "--out, or delete it") from None
+        if other:
+            raise InputError(f"{path} holds other results: {other}. Go on with what it has, choose "
+                             "another file with --out, or delete it")
         with open(path, "r+b") as f:
             f.truncate(sum(len(line) + 1 for line in lines))
     if not path.stat().st_size:
@@ -112,9 +115,19 @@ def open_log(path, header, read=dict):
     return known, file
 
 
+def differences(there, here):
+    """What makes the verdicts of a file those of other settings than here; "" if nothing does. What
+    a run is called does not."""
+    keys = [k for k in {**there, **here} if k != "run" and there.get(k) != here.get(k)]
+    words = dict(network="it is of other weights (perhaps the run was trained on since)",
+                 images="it is of other images")
+    return ", ".join(words.get(k) or f"{k} is {there.get(k)} there, {here.get(k)} here"
+                     for k in keys)
+
+
 def merge(path, header, known, file, read=dict):
-    """Move the verdicts of other processes, path.1, path.2, ..., into those of the first."""
-    for part in sorted(path.parent.glob(path.name + ".[0-9]*")):
+    """Move the verdicts of other processes, path.process1, ..., into those of the first."""
+    for part in sorted(path.parent.glob(glob.escape(path.name) + ".process[0-9]*")):
         more, handle = open_log(part, header, read)
         with handle:
             known |= more
@@ -136,7 +149,7 @@ def open_share(path, header, n, read=dict):
         if world > 1:
             dist.broadcast_object_list(todo, src=0)
         if rank:
-            _, file = open_log(path.with_name(f"{path.name}.{rank}"), header, read)
+            _, file = open_log(path.with_name(f"{path.name}.process{rank}"), header, read)
     except OSError as e:
         raise InputError(f"--out {path} cannot be written ({e})") from None
     return known, file, todo[0][rank::world]
@@ -153,13 +166,14 @@ def gather(path, header, known, file, read=dict):
         merge(path, header, known, file, read)
 
 
-def write_verdicts(path, header, labels, certify, read, title):
+def write_verdicts(path, header, labels, certify, read, title, *, batch=1):
     """The verdicts {index: verdict} of the samples with these labels, each written to path as soon
     as it is known; those of path, if it has the same header, are known already.
 
     certify(indices, report) calls report(verdict) for each of the samples, verdict.index being its
-    place in indices; read(row) is the verdict of a row. With many processes each takes its share,
-    and only the first returns them all. Raises InputError.
+    place in indices; read(row) is the verdict of a row. batch: samples bounded together, before the
+    first of them is reported. With many processes each takes its share, and only the first returns
+    them all. Raises InputError.
     """
     n, points = len(labels), points_of(path)
     known, file, todo = open_share(path, header, n, read)
@@ -172,7 +186,7 @@ def write_verdicts(path, header, labels, certify, read, title):
         write_down(v, i, labels[i], file, points)
         counts = Counter(v.status for v in known.values())
         shown = "  ".join(f"{counts[status]} {status}" for status in STATUSES)
-        left = (time.time() - begun) / done * (len(todo) - done)
+        left = seconds_left(time.time() - begun, done, len(todo), batch)
         show(f"{len(known)}/{n}  {shown}  {duration(left)} left")
 
     with file:
@@ -182,9 +196,17 @@ def write_verdicts(path, header, labels, certify, read, title):
     return known
 
 
+def seconds_left(spent, done, n, batch):
+    """Of n samples, of which so many are done. The rest of their batch has been attacked and
+    bounded, too, which counts as half of the work."""
+    seen = min(n, -(-done // batch) * batch)
+    return spent * (2 * n / (done + seen) - 1)
+
+
 def points_of(path):
-    """The folder of the counterexamples to the verdicts in path."""
-    return path.with_suffix(".counterexamples")
+    """The folder of the counterexamples to the verdicts in path. Its name goes on where that of the
+    file ends: so no two files share one."""
+    return path.with_name(path.name + ".counterexamples")
 
 
 def write_down(v, index, label, file, points):

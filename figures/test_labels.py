@@ -1,0 +1,33 @@
+"""The lines of results/*.jsonl say what they belong to."""
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import experiments                                                                 # noqa: E402
+import labels                                                                      # noqa: E402
+import tables                                                                      # noqa: E402
+
+NAMES = sorted(path.stem for path in experiments.RESULTS.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lines_in_the_table_give_its_numbers(name):
+    of_line, cells = labels.labels(name), experiments.read(name)
+    assert all(set(cell) <= set(labels.FIELDS) for cell in cells)
+    mine = [cell for cell in cells if of_line(cell["train"])["in_table"] and "failed" not in cell]
+    if name.endswith("-tuning"):
+        assert not mine
+        return
+    base = name.removesuffix("-again")
+    for method, of_page in tables.table_cells(base + f"/{name}" * (base != name)).items():
+        found = [cell for cell in mine if (cell["relax"], cell["opt"]) == method]
+        assert mean(tables.percent(found, "certified")) == mean(tables.percent(of_page, "certified"))
+
+
+def test_results_name_no_place_of_one_machine():
+    for path in experiments.RESULTS.rglob("*.json*"):
+        text = path.read_text()
+        assert not any(word in text for word in ("--data-dir /", "/home/", "/root/", "/tmp/")), path
