@@ -54,7 +54,7 @@ from torch.func import jacrev
 
 from plumbing.checks import check_problem, check_settings
 from plumbing.console import InputError, defaults, pick_device, run, warn
-from plumbing.data import dataset_kind, hold_out, load_dataset, statistics_of
+from plumbing.data import dataset_kind, hold_out, statistics_of
 from plumbing.linear_program import linear_program
 from plumbing.networks import new_network
 from plumbing.processes import process_group, ranks
@@ -65,10 +65,10 @@ from plumbing.runs import checksum, data_of_run, is_trained_on
 from plumbing.verdicts import (ContradictionError, Verdict, points_of, save_point,
                                verdict_of, write_verdicts)
 from plumbing.weights import read_weights
-from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
+from relaxations import (RELAXATIONS, SLOPES, STEPS, Subdomains, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
-from train import (CERTIFY, CLOSE, LAYERS, SETTINGS, descend, forward_margin, load_run, restarts_of,
-                   smallest)
+from train import (CERTIFY, CLOSE, LAYERS, SETTINGS, descend, forward_margin, load_run,
+                   restarts_of, smallest)
 
 STAGES = (*RELAXATIONS, "branch-and-bound")
 
@@ -94,6 +94,7 @@ class Settings(NamedTuple):
     tolerance: float
     classes: int
     unit: float
+    slope: str
 
     def open(self, verdicts, *statuses):
         """The samples, as places in verdicts, of these statuses that have time left."""
@@ -104,7 +105,7 @@ class Settings(NamedTuple):
 @torch.inference_mode(False)               # whatever the caller's mode: attack and ascent need
 @torch.enable_grad()                       # gradients
 def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=None, batch=100,
-            seed=0, tolerance=None, report=lambda verdict: None):
+            seed=0, tolerance=None, slope="adaptive", report=lambda verdict: None):
     """A list with one Verdict per sample, for the ball of radius eps (pixels) around each x.
 
     net: an nn.Sequential as relaxations.py supports it, in eval mode, on the device and in the
@@ -116,7 +117,7 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     takes at most a quarter of the time.  batch: samples bounded at once.
     tolerance: go on until the smallest margin over the ball is known to so much, in float64:
     bound <= margin <= bound + tolerance (None: until its sign is known). Misclassified samples are
-    left out of that.
+    left out of that.  slope: of DeepPoly's lower lines, a name of relaxations.SLOPES.
     report(verdict) is called for each sample as soon as it is settled.
 
     Raises ContradictionError if a sample is certified and attacked, and before the first stage
@@ -134,7 +135,7 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     classes = net(x[:1]).shape[-1]
     restarts = classes if restarts is None else restarts
     settings = Settings(float(eps), timeout, list(stages), steps, restarts, seed, tolerance,
-                        classes, unit_of(net))
+                        classes, unit_of(net), slope)
     verdicts = [Verdict(index=i) for i in range(len(x))]
     for start in range(0, len(x), batch):
         part = slice(start, min(start + batch, len(x)))
@@ -205,7 +206,8 @@ def bounded_by(relax, exact, settings, verdicts, low):
     if not left:
         return
     begun, some = time.perf_counter(), [verdicts[i] for i in left]
-    found = margin_lower_bounds(net, x[left], y[left], settings.eps, relax, **CERTIFY[relax])
+    found = margin_lower_bounds(net, x[left], y[left], settings.eps, relax, **CERTIFY[relax],
+                                slope=settings.slope)
     low[left] = torch.fmax(low[left], found)
     spend(relax, begun, some)
     for v, bound in zip(some, smallest(found, y[left]).tolist()):
@@ -314,7 +316,7 @@ def roots(net, x, y, settings, verdicts, low, upper):
     problem = pose(net, x, y, eps, unit, bounds)
     trees = [Tree(i, v, margin / unit, settings.tolerance / unit)
              for i, (v, margin) in enumerate(zip(verdicts, upper.tolist()))]
-    slopes, none = adaptive(problem.l, problem.u), torch.zeros(0)
+    slopes, none = SLOPES[settings.slope](problem.l, problem.u), torch.zeros(0)
     nodes = []
     for i, margins in enumerate((low / unit).tolist()):
         nodes += [Node(bound, i, k, none.long(), none, none, slopes[i])
@@ -343,7 +345,8 @@ def neuron_bounds(net, x, settings, verdicts):
         some = some.nonzero().flatten().tolist()
         if some:
             begun, order = time.perf_counter(), order + some
-            found.append(preactivation_bounds(net, x[some], settings.eps, relax, skip_stable=True))
+            found.append(preactivation_bounds(net, x[some], settings.eps, relax, skip_stable=True,
+                                              slope=settings.slope))
             spend("alpha-crown", begun, [verdicts[i] for i in some])
     back = torch.tensor(order).argsort()
     return [[torch.cat(ends)[back] for ends in zip(*pairs)] for pairs in zip(*found)]
@@ -552,24 +555,23 @@ def settle_linear(exact, node):
 def main(argv=None):
     args = parse_args(argv, STAGES, SETTINGS)
     device = pick_device(args.device)
+    moved = {k: getattr(args, k) for k in ("dataset", "data_dir") if getattr(args, k)}
     if args.weights:
         path, net = Path(args.weights), None
-        config = defaults(SETTINGS, dataset_kind(args.dataset), "grad")
-        config |= dict(dataset=args.dataset, net=args.net)
-        data = load_dataset(args.dataset, args.data_dir or config["data_dir"])
+        config = defaults(SETTINGS, dataset_kind(args.dataset), "grad") | dict(net=args.net)
     else:
         path = Path(args.run or newest_run())
         net, config, _ = load_run(path)
-        moved = {k: getattr(args, k) for k in ("dataset", "data_dir") if getattr(args, k)}
-        data = data_of_run(config | moved)
-        if not is_trained_on(data, config):
-            warn(f"{path} was trained on other images than these")
+    config |= moved
+    data = data_of_run(config)
+    if not is_trained_on(data, config):
+        warn(f"{path} was trained on other images than these")
     data = hold_out(data, config["validation"] if args.validation is None else args.validation)
     shape, classes = list(data.x_test.shape[1:]), data.classes
     if args.weights:
-        config |= dict(input_shape=shape, classes=classes, init="default",
-                       statistics=statistics_of(data, config))
-        net = read_weights(path, new_network(config, LAYERS, read_network))
+        made = dict(net=args.net, input_shape=shape, classes=classes, init="default",
+                    statistics=statistics_of(data, config))
+        net = read_weights(path, new_network(made, LAYERS, read_network))
     elif shape != config["input_shape"] or classes != config["classes"]:
         raise InputError(f"{path} was trained on images {config['input_shape']} of "
                          f"{config['classes']} classes, but {config['dataset']} has "
@@ -587,6 +589,8 @@ def certify_radii(net, config, data, path, args, device):
     settings = dict(stages=[s for s in STAGES if s in args.stages], timeout=args.timeout,
                     steps=args.steps, seed=args.seed,
                     restarts=data.classes if args.restarts is None else args.restarts)
+    if (slope := args.slope or config.get("slope", "adaptive")) != "adaptive":
+        settings["slope"] = slope
     header = dict(run=path.resolve().name, **settings, network=checksum(*net.state_dict().values()),
                   images=checksum(data.x_test, data.y_test))
     known, made = {}, "" if args.weights else f" trained by {config['relax']}, {config['opt']}"

@@ -1088,6 +1088,12 @@ def test_robust_loss_bounds_the_worst_cross_entropy_and_counts_its_parts():
     assert fractions[0].item() == pytest.approx(sum(right) / len(y))
 
 
+def test_defaults_of_the_loss_are_those_of_the_settings():
+    given = inspect.signature(train.robust_loss).parameters
+    for name in ("loss", "slope", "beta", "alpha", "lam", "split", "expand", "slope_steps"):
+        assert given[name].default == train.SETTINGS[name].default, name
+
+
 def loss_at(net, x, y, eps, relax, **options):
     theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()[None]
     return train.robust_loss(net, x, y, eps, relax, **options)(theta).item()

@@ -15,6 +15,8 @@ letters as in relaxations.py.  Expected from the first command on 2 CPU cores: s
 import math
 from contextlib import ExitStack
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -28,7 +30,7 @@ from plumbing.console import (InputError, Progress, Setting, check_together, che
                               not_negative, parser_of, pick_device, positive, positive_unit,
                               refuse_others, run, show_training, table, unit, warn_without_effect,
                               with_defaults)
-from plumbing.data import (augment, by_data, dataset_kind, dataset_name, hold_out,
+from plumbing.data import (augment, by_data, dataset_kind, dataset_name, hold_out, load_dataset,
                            statistics_of)
 from plumbing.evaluations import comparison, write_evaluation
 from plumbing.networks import (NETWORKS, build_network, from_config, ibp_init, is_file, net_name,
@@ -40,6 +42,7 @@ from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run
                            lengthen, locked, new_folder, read_checkpoint, recording, restored,
                            run_folder)
 from plumbing.timing import lengths_of, seconds_at
+from plumbing.weights import read_weights
 from relaxations import (AFFINE, RELAXATIONS, RESHAPE, SLOPES, margin_lower_bounds,
                          preactivation_bounds, read_network)
 
@@ -116,6 +119,7 @@ SETTINGS = {
     "slope": Setting("adaptive", tuple(SLOPES), "lower slope of an unstable ReLU, where bounds "
                      "substitute: that of the smaller area; 0; 1; that of the upper line",
                      "Singh et al. 2019"),
+    "weights": Setting(None, str, "start from a state_dict in this file; default: from --init"),
     "skip_stable": Setting(True, bool,
                            "deeppoly, alpha-crown: back-substitute unstable neurons only",
                            "here: faster, and certifies as much (benchmarks/)"),
@@ -131,8 +135,8 @@ SETTINGS = {
     "test_subset": Setting(None, count(1), "test on the first N test images; default: all"),
     "out": Setting(None, str, "the run folder; default: runs/DATASET-NET-RELAX-OPT"),
     "resume": Setting(None, run_folder, "go on with the run in this folder, from its last "
-                      "checkpoint, or for more --epochs; of other options only --dataset, "
-                      "--data-dir and --device may be given"),
+                      "checkpoint, or for more --epochs; beside these, only --dataset, --data-dir "
+                      "and --device may be given"),
 }
 
 
@@ -251,7 +255,8 @@ def last_part(net, relus):
 def worst_points(margins, l, u, classes, steps=8):
     """Points (P, B, K, ...) of boxes (P, B, 1, ...), the k-th with the least of margins(points),
     (P, B, K), that PGD met from the centre on (the authors' start at random points)."""
-    z = ((l + u) / 2).expand(-1, -1, classes, *l.shape[3:])
+    centre, own = (l + u) / 2, [1] * (l.dim() - 3)                   # own: axes of a point
+    z = centre.expand(-1, -1, classes, *l.shape[3:])
     best, least = z, z.new_full(z.shape[:3], torch.inf)
     for step in range(steps + 1):
         z = z.clamp(l, u).detach().requires_grad_()
@@ -259,7 +264,7 @@ def worst_points(margins, l, u, classes, steps=8):
             found = margins(z)
         better = found.detach() < least
         least = torch.where(better, found.detach(), least)
-        best = torch.where(better.view(*better.shape, *[1] * (z.dim() - 3)), z.detach(), best)
+        best = torch.where(better.view(*better.shape, *own), z.detach(), best)
         if step < steps:
             slopes = torch.autograd.grad(found.sum(), z)[0]
             z = z - max(0.2, 2 / steps) * (u - l) * slopes.sign()
@@ -326,11 +331,8 @@ def small_box(x, points, eps, lam):
 
 
 def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa=0.0, l1=0.0,
-                regularize=0.0, skip_stable=False, slope="adaptive", beta=1.0,
-                alpha=SETTINGS["alpha"].default, lam=SETTINGS["lam"].default,
-                split=SETTINGS["split"].default, expand=SETTINGS["expand"].default,
-                slope_steps=SETTINGS["slope_steps"].default, certified=None, weight=1.0,
-                total=lambda t: t):
+                regularize=0.0, skip_stable=False, slope="adaptive", beta=1.0, alpha=0.1, lam=0.4,
+                split=1, expand=5.0, slope_steps=3, certified=None, weight=1.0, total=lambda t: t):
     """The loss of a minibatch as a function (P, D) -> (P,) of parameter vectors, for gls.py.
 
         (1 - kappa) E[CE(-m, y)] + kappa E[CE(logits, y)] + l1 |weights|_1 + regularize * (...)
@@ -347,14 +349,14 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
         center, radius = small_box(x, points, eps, lam)
     outputs = "box" if relax in BASELINES else relax
     neurons = "deeppoly" if relax == "alpha-crown" else outputs
+    bounds_of = partial(preactivation_bounds, slope=slope, skip_stable=skip_stable)
+    margins_by = partial(margin_lower_bounds, slope=slope, steps=slope_steps)
 
     def losses(thetas):
         params = unflatten(thetas, net)
-        bounds = preactivation_bounds(net, center, radius, neurons, params, slope=slope,
-                                      skip_stable=skip_stable)
-        margins = lambda relax: margin_lower_bounds(net, center, y, radius, relax, params,
-                                                    slope=slope, intermediate=bounds,
-                                                    steps=slope_steps)
+        bounds = bounds_of(net, center, radius, neurons, params)
+        margins = lambda relax: margins_by(net, center, y, radius, relax, params,
+                                           intermediate=bounds)
         logits = lambda x: vmap(lambda p: functional_call(net, p, (x,)))(params)    # (P, B, K)
         m = margins(outputs)                                                        # (P, B, K)
         if relax == "crown-ibp" and beta < 1:
@@ -366,7 +368,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
             value = 1 - is_certified.to(m.dtype)
         elif relax in ("taps", "staps"):
             a = latent_margins(net, params, bounds, y, m.shape[-1], split, expand)
-            value = BASELINES[relax](m, a, alpha)
+            value = taps(m, a, alpha)
         elif relax in ATTACKING:
             value = BASELINES[relax](m, margins_of(logits(points), y), alpha)
         else:
@@ -385,7 +387,8 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
 
 def size_of_weights(params):
     """The sum of the absolute weights, without biases: (P,)."""
-    return sum(w.abs().flatten(1).sum(1) for w in params.values() if w.dim() > 2)
+    weights = [w for w in params.values() if w.dim() > 2]
+    return sum(w.abs().flatten(1).sum(1) for w in weights)
 
 
 # ------------------------------------------------------------------------- attack and evaluation
@@ -648,11 +651,12 @@ def fit(net, x, y, device="auto", show=None, **settings):
     others are those of --dataset PATH.npz.  show(line) is called once a step.
     Writes nothing, sets no signal handler, and runs in any thread. Raises ValueError.
     """
-    config = complete(checked(SETTINGS, settings, "dataset net data_dir subset validation "
-                              "test_subset out resume".split()) | dict(dataset="own.npz"))
+    given = checked(SETTINGS, settings, "dataset net data_dir subset validation test_subset weights "
+                    "normalize out resume".split())
+    config = complete(given | dict(dataset="own.npz"))
     device, net = pick_device(device), net.eval()
     logits, = read_network(net, x.shape[1:]).shapes[-1]
-    config |= dict(input_shape=list(x.shape[1:]), classes=logits, device=str(device), augment=False)
+    config |= dict(input_shape=list(x.shape[1:]), classes=logits, device=str(device))
     if settings.get("init") == "ibp":
         ibp_init(net)
     config["members"] = members_of_each(net, config)
@@ -676,6 +680,8 @@ def new_run(config, data, device):
     config["statistics"] = statistics_of(data, config)
     torch.manual_seed(config["seed"])
     net = new_network(config, LAYERS, read_network)
+    if config["weights"]:
+        read_weights(Path(config["weights"]), net)
     if "taps" in config["relax"]:
         last_part(net, config["split"])                                  # or one line says why not
     config["members"] = members_of_each(net, config)

@@ -16,6 +16,7 @@ class InputError(ValueError, argparse.ArgumentTypeError):
     """Something the user gave cannot be used; the message names it and the mend. (The second base
     class makes argparse show it as it is, after the name of the option.)"""
 
+
     @classmethod
     def raised(cls, message):
         raise cls(message)
@@ -248,18 +249,16 @@ def header(config, data, net):
 def show_training(rows, config, show):
     """The end of the log in one line, and a warning if nothing was learnt."""
     last, classes = rows[-1], config["classes"]
-    # The loss of taps is the product of two.
-    guessing, name = math.log(classes), f"ln {classes}"
-    if "taps" in config["relax"]:
-        guessing, name = guessing ** 2, f"(ln {classes})^2"
+    power = 2 if "taps" in config["relax"] else 1             # its loss is a product of two
+    guessing = math.log(classes) ** power
     show.done(f"trained {len(rows)} epochs in {duration(last['seconds'])}: loss "
               f"{last['loss']:.4f}, {100 * last['certified']:.1f} % certified in training")
     if config["ramp"] < config["epochs"] and last["loss"] > 0.98 * guessing:
         more = last["loss"] / guessing - 1
         what = "about that" if more < 0.05 else f"{100 * more:.0f} % above that" if more < 1 else \
             f"{more + 1:.3g} times that"
-        warn(f"the loss, {last['loss']:.4g}, is {what} of guessing, {name} = {guessing:.3f}; "
-             "try a longer --ramp, a smaller --eps-train or --lr, or --relax box")
+        warn(f"the loss, {last['loss']:.4g}, is {what} of guessing {classes} classes, "
+             f"{guessing:.3f}; try a longer --ramp, a smaller --eps-train or --lr, or --relax box")
 
 
 TITLES = {"natural": "natural accuracy", "attack": "under attack (PGD)",

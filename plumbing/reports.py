@@ -107,8 +107,8 @@ def parse_args(argv, stages, settings):
     p.add_argument("--net", type=settings["net"].limits,
                    help="with --weights: " + settings["net"].meaning)
     p.add_argument("--dataset", type=settings["dataset"].limits,
-                   help="PATH.npz, if the run's has moved; with --weights: "
-                   + settings["dataset"].meaning)
+                   help="with --weights: " + settings["dataset"].meaning
+                   + "; else PATH.npz, if the run's has moved")
     p.add_argument("--samples", type=count(1), help="first N test images; default: the run's")
     p.add_argument("--validation", type=count(0), help="certify the last N training images, not "
                    "those of the test; 0: those of the test; default: the run's")
@@ -116,6 +116,8 @@ def parse_args(argv, stages, settings):
                    help=f"of {', '.join(stages)}; default: all")
     p.add_argument("--timeout", type=number(0, math.inf), default=30.0,
                    help="seconds for each image; default: 30")
+    p.add_argument("--slope", choices=settings["slope"].limits,
+                   help=settings["slope"].meaning + "; default: the run's, or adaptive")
     p.add_argument("--steps", type=count(1), default=40, help="of each descent of the attack")
     p.add_argument("--restarts", type=count(0),
                    help="descents of the attack; 0: no attack; default: one for each class")
@@ -126,8 +128,8 @@ def parse_args(argv, stages, settings):
     p.add_argument("--out", help="JSON lines, one verdict each; default: certify-epsEPS.jsonl in "
                    "the run folder, or beside FILE")
     args = p.parse_args(argv)
-    foreign = args.weights or args.net
-    if foreign and (args.run or not (args.weights and args.net and args.dataset)):
+    foreign = [args.weights, args.net]
+    if any(foreign) and (args.run or not all([*foreign, args.dataset])):
         p.error("argument --weights: takes --net and --dataset, and no run folder; a run keeps its "
                 "own")
     if args.out and len(args.eps or ()) > 1:

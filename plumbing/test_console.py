@@ -12,7 +12,8 @@ from plumbing.for_tests import command, weights
 @pytest.mark.parametrize("args, words", [
     (["--dataset", "imagenet"], "--dataset: 'imagenet'"),
     (["--relax", "zonotope"], "--relax: invalid choice: 'zonotope'"),
-    (["--net", "vgg"], "--net: 'vgg' is none of mlp, small"), (["--opt", "adam"], "--opt: invalid choice"),
+    (["--net", "vgg"], "--net: 'vgg' is none of mlp, small"),
+    (["--opt", "adam"], "--opt: invalid choice"),
     (["--eps", "-0.1"], "--eps: '-0.1'"),
     (["--eps", "8"], "--eps: '8' has to be a number >= 0 and <= 1"),
     (["--eps", "1/0"], "--eps"), (["--eps-train", "nan"], "--eps-train: 'nan'"),
