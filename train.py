@@ -655,12 +655,12 @@ def main(argv=None):
             stack.enter_context(new_folder(config, net, SETTINGS))
         else:
             check_unchanged(data, config)
-        train_and_show(net.to(device), config, training, data, device)
+        show = stack.enter_context(Progress())
+        train_and_show(net.to(device), config, training, data, device, show)
 
 
-def train_and_show(net, config, training, data, device):
+def train_and_show(net, config, training, data, device, show):
     """Train, from the start or from where training was, and print the table of the test images."""
-    show = Progress()
     print(header(config, data, net), flush=True)
     x, y = data.x_train[:config["subset"]], data.y_train[:config["subset"]]
     seconds = None
