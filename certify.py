@@ -10,11 +10,13 @@ Or any supported network (see relaxations.py), in five lines of Python:
     for v in verdicts:
         print(v.status, v.stage, v.bound)
 
-The stages, each on what the one before left open:
+The stages, each on what the ones before left open, while a sample has time left:
 
     forward            wrong without any perturbation                             -> misclassified
-    attack             projected gradient descent finds a wrong point in the ball -> attacked
-    box, crown-ibp, deeppoly, alpha-crown    all margins have a positive bound    -> certified
+    attack             one descent (PGD) finds a wrong point in the ball          -> attacked
+    box, crown-ibp, deeppoly                all margins have a positive bound     -> certified
+    attack             a descent towards each class that no bound has ruled out   -> attacked
+    alpha-crown        all margins have a positive bound                          -> certified
     branch-and-bound   the ball is cut into subdomains, until all are settled     -> certified,
                        or one of them gives a counterexample                      -> attacked
     otherwise (time is up)                                                        -> unknown
@@ -28,8 +30,9 @@ ReLUs: where none is left to cut, the network is linear, and a linear program de
 Guarantee: "certified" holds for every point of the ball, up to rounding in float64, in which every
 bound that counts is computed; float32 only steers the search. "attacked" comes with a
 counterexample in the ball (exactly, as float32 numbers), misclassified by a float64 forward pass.
-"unknown" is neither. Attacked samples are bounded too: one that comes out certified proves a bound
-wrong. benchmarks/self_check.py tries to contradict bounds and verdicts on random networks.
+"unknown" is neither. Each sample is attacked once before it is bounded, and bounded up to DeepPoly
+though attacked: one that comes out certified proves a bound wrong. benchmarks/self_check.py tries to
+contradict bounds and verdicts on random networks.
 
 A positive factor of the logits changes no verdict. Nor does it change the search, for constants
 that are compared with margins count in a unit of the network's own: see unit_of.
@@ -41,28 +44,33 @@ import itertools
 import math
 import sys
 import time
-from collections import Counter
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.func import jacrev
 
-from plumbing.console import InputError, Parser, count, number, pick_device, run, warn
-from plumbing.data import dataset_name, hold_out
+from plumbing.checks import check_problem, check_settings
+from plumbing.console import InputError, defaults, pick_device, run, warn
+from plumbing.data import dataset_kind, hold_out, statistics_of
+from plumbing.linear_program import linear_program
+from plumbing.networks import new_network
 from plumbing.processes import process_group, ranks
-from plumbing.rounding import ball, in_float64
+from plumbing.reports import (curve, file_of, newest_run, outside_in, parse_args,
+                              report_inherited, summary)
+from plumbing.rounding import ball, in_float64, unit_of
 from plumbing.runs import checksum, data_of_run, is_trained_on
-from plumbing.verdicts import STATUSES, points_of, save_point, write_verdicts
-from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
+from plumbing.verdicts import (ContradictionError, Verdict, points_of, save_point,
+                               verdict_of, write_verdicts)
+from plumbing.weights import read_weights
+from relaxations import (RELAXATIONS, SLOPES, STEPS, Subdomains, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
-from train import CERTIFY, CLOSE, attack, certified_margin, forward_margin, load_run, smallest
+from train import (CERTIFY, CLOSE, LAYERS, SETTINGS, descend, forward_margin, load_run,
+                   restarts_of, smallest)
 
 STAGES = (*RELAXATIONS, "branch-and-bound")
-ROUNDING = 1e-6       # a bound above it and a counterexample contradict each other; below, a tie
 
 # Branch and bound: settings that did well on the networks of benchmarks/certify.py.
 WIDTH = 64            # nodes cut at once
@@ -75,49 +83,6 @@ STORE = 2 ** 27       # numbers kept for waiting nodes (512 MB); beyond it, tree
 
 # ------------------------------------------------------------------------------ verdicts and stages
 
-@dataclass
-class Verdict:
-    status: str = "unknown"    # one of STATUSES
-    stage: str = ""            # what settled it: forward, attack, box, ...; "" if unknown
-    bound: float = -math.inf   # the smallest margin lower bound proved, the best over stages; where
-    #                            branching was cut short, up to rounding in float32
-    seconds: float = 0.0       # spent on it; the time of a batch is shared equally
-    counterexample: Optional[torch.Tensor] = None
-    seconds_by_stage: dict = field(default_factory=dict)
-    index: int = 0             # of the sample
-
-    def spend(self, stage, seconds):
-        self.seconds += seconds
-        self.seconds_by_stage[stage] = self.seconds_by_stage.get(stage, 0.0) + seconds
-
-    def prove(self, stage, bound, unit):
-        """All margins are at least bound in the whole ball. unit: that of the network's margins."""
-        self.bound = max(self.bound, bound)
-        if bound > ROUNDING * unit and self.status == "attacked":
-            raise ContradictionError(self.index, stage, bound, self.counterexample)
-        if bound > 0 and self.status == "unknown":
-            self.status, self.stage = "certified", stage
-
-    def refute(self, stage, point, unit):
-        """A point of the ball is misclassified."""
-        if self.status == "certified" and self.bound > ROUNDING * unit:
-            raise ContradictionError(self.index, self.stage, self.bound, point)
-        if self.status != "attacked":
-            self.status, self.stage, self.counterexample = "attacked", stage, point.clone()
-
-
-class ContradictionError(AssertionError):
-    """A sample is both certified and attacked: a bound is unsound, or a forward pass is wrong.
-    Carries the witnesses: index of the sample, stage and bound, and the counterexample."""
-
-    def __init__(self, index, stage, bound, counterexample):
-        super().__init__(f"sample {index}: {stage} proves a margin of {bound:.3g}, yet a point of "
-                         "the ball is misclassified; a bound is unsound. Please report this with "
-                         "the network")
-        self.index, self.stage, self.bound = index, stage, bound
-        self.counterexample = counterexample
-
-
 class Settings(NamedTuple):
     """The arguments of certify(), and the unit of the network's margins."""
     eps: float
@@ -127,150 +92,126 @@ class Settings(NamedTuple):
     restarts: int
     seed: int
     tolerance: float
+    classes: int
     unit: float
+    slope: str
+
+    def open(self, verdicts, *statuses):
+        """The samples, as places in verdicts, of these statuses that have time left."""
+        return [i for i, v in enumerate(verdicts)
+                if v.status in statuses and v.seconds < self.timeout]
 
 
 @torch.inference_mode(False)               # whatever the caller's mode: attack and ascent need
 @torch.enable_grad()                       # gradients
 def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=None, batch=100,
-            seed=0, tolerance=None, report=lambda verdict: None):
+            seed=0, tolerance=None, slope="adaptive", report=lambda verdict: None):
     """A list with one Verdict per sample, for the ball of radius eps (pixels) around each x.
 
     net: an nn.Sequential as relaxations.py supports it, in eval mode, on the device and in the
     dtype of x.  x: (n, ...) in [0, 1].  y: (n,) labels.  timeout: seconds per sample; one that has
-    used them up enters no further stage, and its branching stops (None: no limit, so that branch
-    and bound settles every sample in the end, but for margins that rounding hides).  stages: any of
-    STAGES.  steps, restarts: of the attack; restarts=None is one for each class, 0 leaves it out.
-    batch: samples bounded at once.
+    used them up enters no further stage, no further descent, and its branching stops (None: no
+    limit, so that branch and bound settles every sample in the end, but for margins that rounding
+    hides).  stages: any of STAGES.  steps, restarts: of the attack; restarts=None is one for each
+    class, 0 leaves it out; those towards classes that bounds rule out are left out, and the attack
+    takes at most a quarter of the time.  batch: samples bounded at once.
     tolerance: go on until the smallest margin over the ball is known to so much, in float64:
     bound <= margin <= bound + tolerance (None: until its sign is known). Misclassified samples are
-    left out of that.
+    left out of that.  slope: of DeepPoly's lower lines, a name of relaxations.SLOPES.
     report(verdict) is called for each sample as soon as it is settled.
 
     Raises ContradictionError if a sample is certified and attacked, and before the first stage
     ValueError for bad arguments and for networks that relaxations.py does not support.
     """
-    stages = list(stages)
     timeout = math.inf if timeout is None else timeout
     tolerance = math.inf if tolerance is None else tolerance
-    check_settings(stages, eps, timeout, tolerance, batch=batch, steps=steps, seed=seed,
-                   restarts=0 if restarts is None else restarts)
-    check_samples(net, x, y)
+    check_settings(STAGES, stages, timeout, tolerance, batch, steps, restarts, seed)
+    y = check_problem(net, x, y, eps, margin_lower_bounds, preactivation_bounds)
     if not len(x):
         return []
-    net = deepcopy(net).requires_grad_(False)
-    x, y = x.clone(), y.clone().to(x.device, torch.long)
+    net, x = deepcopy(net).requires_grad_(False), x.detach().clone()
     if tolerance < math.inf:
         net, x, y = in_float64(net, x, y)
-    restarts = net(x[:1]).shape[-1] if restarts is None else restarts
-    settings = Settings(float(eps), timeout, stages, steps, restarts, seed, tolerance, unit_of(net))
+    classes = net(x[:1]).shape[-1]
+    restarts = classes if restarts is None else restarts
+    settings = Settings(float(eps), timeout, list(stages), steps, restarts, seed, tolerance,
+                        classes, unit_of(net), slope)
     verdicts = [Verdict(index=i) for i in range(len(x))]
     for start in range(0, len(x), batch):
-        part = slice(start, start + batch)
+        part = slice(start, min(start + batch, len(x)))
         certify_batch(net, x[part], y[part], settings, verdicts[part], report)
     return verdicts
 
 
-def check_settings(stages, eps, timeout, tolerance, **whole):
-    """Raises ValueError for settings that make no sense. NaN makes none: no comparison is true."""
-    try:
-        fine = set(stages) <= set(STAGES) and 0 <= eps < math.inf
-        fine = fine and timeout >= 0 and tolerance > 0 and whole["batch"] >= 1
-        fine = fine and all(int(n) == n >= 0 for n in whole.values())
-    except (TypeError, ValueError, RuntimeError, OverflowError):       # several numbers, or none
-        fine = False
-    if not fine:
-        given = dict(eps=eps, timeout=timeout, tolerance=tolerance, **whole, stages=stages)
-        raise ValueError(f"certify takes a radius 0 <= eps < infinity, timeout >= 0, tolerance > 0,"
-                         f" whole numbers >= 0 (batch >= 1), and stages of {', '.join(STAGES)}; "
-                         f"got {given}")
-
-
-@torch.no_grad()
-def check_samples(net, x, y):
-    """Raises ValueError, in the words of the bounds, for what they refuse; and for a network that
-    bounds and forward pass take for two: at eps 0 they have to give the same margins."""
-    tensors = torch.is_tensor(x) and torch.is_tensor(y)
-    if not tensors or x.dim() < 2 or y.shape != x.shape[:1]:
-        raise ValueError("x has to be a tensor of images (n, ...), y one of their labels (n,)")
-    if not len(x):
-        return
-    # If the bounds take the images with the lowest and the highest pixel, and the smallest and the
-    # largest label, they take all.
-    lowest, highest = x.flatten(1).amin(1), x.flatten(1).amax(1)
-    few = x[torch.stack([lowest.argmin(), highest.argmax()])]
-    labels = torch.stack(y.aminmax())
-    K = margin_lower_bounds(net, few, labels, 0.0, "box").shape[1]
-    if K < 2:
-        raise ValueError(f"the network has {K} logit; a margin is between two")
-    twin, few, labels = in_float64(net, few, labels.long())
-    logits = twin(few)
-    margins = logits.gather(1, labels[:, None]) - logits
-    difference = (margin_lower_bounds(twin, few, labels, 0.0, "box") - margins).abs().max()
-    if difference > ROUNDING * max(unit_of(net), logits.abs().max()):
-        raise ValueError(f"bounds and forward pass of the network differ by {difference:.3g} at a "
-                         "radius of 0: some layer does not compute what its class says")
-
-
-def unit_of(net):
-    """The unit of the network's margins: about the largest weight of its last layer that has any.
-
-    Constants that margins and the steps of multipliers are compared with count in it: so a factor
-    of that layer, which changes no prediction, does not change the search either. A power of two:
-    dividing by it and multiplying again is exact.
-    """
-    weights = [m.weight for m in net.modules() if getattr(m, "weight", None) is not None]
-    largest = weights[-1].abs().max().item() if weights else 1.0
-    return 2.0 ** round(math.log2(largest)) if 0 < largest < math.inf else 1.0
-
-
 def certify_batch(net, x, y, settings, verdicts, report):
     """The stages one after the other, for samples that share their passes."""
-    upper = attacked(net, x, y, settings, verdicts)
+    exact = in_float64(net, x, y)
+    begun, upper = time.perf_counter(), forward_margin(*exact)      # (B,) the smallest margins seen
+    low = upper.new_full([len(x), settings.classes], -math.inf)    # (B, K) the margins proved
+    for v, margin in zip(verdicts, upper.tolist()):
+        if not margin > 0:
+            v.status, v.stage = "misclassified", "forward"
+    spend("attack", begun, verdicts)
+    descents = restarts_of(net, x, y, settings.restarts, settings.seed)
+    attack_by(itertools.islice(descents, 1), net, x, y, settings, verdicts, low, upper)
     for relax in [relax for relax in CERTIFY if relax in settings.stages]:
-        bounded_by(relax, net, x, y, settings, verdicts)
+        bounded_by(relax, exact, settings, verdicts, low)
+    attack_by(descents, net, x, y, settings, verdicts, low, upper)
     exactly = settings.tolerance < math.inf
-    open_ = ("unknown", "attacked", "certified") if exactly else ("unknown",)
-    left = [i for i, v in enumerate(verdicts)
-            if v.status in open_ and v.seconds < settings.timeout]
+    left = settings.open(verdicts, "unknown", *["attacked", "certified"] * exactly)
     if not {"alpha-crown", "branch-and-bound"} & set(settings.stages):
         left = []
     for i in sorted(set(range(len(x))) - set(left)):
         report(verdicts[i])
     if left:
         some = [verdicts[i] for i in left]
-        branch_and_bound(net, x[left], y[left], settings, some, upper[left].tolist(), report)
+        branch_and_bound(net, x[left], y[left], settings, some, low[left], upper[left], report)
 
 
-def attacked(net, x, y, settings, verdicts):
-    """Forward pass and attack. Returns the smallest margins found, (B,) in float64."""
-    begun, upper = time.time(), forward_margin(net, x, y)
-    for v, margin in zip(verdicts, upper.tolist()):
-        if not margin > 0:
-            v.status, v.stage = "misclassified", "forward"
-    left = [i for i, v in enumerate(verdicts) if v.status == "unknown"]
-    if left and settings.restarts != 0:
-        points = attack(net, x[left], y[left], settings.eps, settings.steps, settings.restarts,
-                        settings.seed)
-        upper[left] = forward_margin(net, points, y[left])
+def spend(stage, begun, verdicts):
+    """Charge the time since begun to the samples that shared it."""
+    seconds = time.perf_counter() - begun
+    for v in verdicts:
+        v.spend(stage, seconds / len(verdicts))
+
+
+def attack_by(descents, net, x, y, settings, verdicts, low, upper):
+    """Go down the descents, of restarts_of, while samples are open; upper follows, in place. One
+    towards a class is for samples for which low does not rule it out; a sample may spend a quarter
+    of its time on them."""
+    for target, start in descents:
+        left = settings.open(verdicts, "unknown")
+        left = [i for i in left if verdicts[i].seconds_by_stage["attack"] < settings.timeout / 4]
+        if not left:
+            return                                     # nobody has time, or is open
+        if target is not None:
+            left = [i for i in left if not low[i, target[i]] > 0]
+            target = target[left]
+        if not left:
+            continue
+        begun, some = time.perf_counter(), [verdicts[i] for i in left]
+        points, _ = descend(net, x[left], y[left], settings.eps, settings.steps, target, start)
+        upper[left] = upper[left].minimum(forward_margin(net, points, y[left]))
         for i, point in zip(left, points):
             if upper[i] <= 0:
                 verdicts[i].refute("attack", point, settings.unit)
-    for v in verdicts:
-        v.spend("attack", (time.time() - begun) / len(x))
-    return upper
+        spend("attack", begun, some)
 
 
-def bounded_by(relax, net, x, y, settings, verdicts):
-    """Certify what one of the incomplete relaxations can. What was attacked is bounded too."""
-    begun = time.time()
-    left = [i for i, v in enumerate(verdicts)
-            if v.status in ("unknown", "attacked") and v.seconds < settings.timeout]
-    twin, x64, y64 = in_float64(net, x[left], y[left])
-    low = certified_margin(twin, x64, y64, settings.eps, relax, **CERTIFY[relax])
-    for i, bound in zip(left, low.tolist()):
-        verdicts[i].spend(relax, (time.time() - begun) / len(left))
-        verdicts[i].prove(relax, bound, settings.unit)
+def bounded_by(relax, exact, settings, verdicts, low):
+    """Certify what one of the incomplete relaxations can; low follows, in place. What was attacked
+    is bounded too."""
+    net, x, y = exact
+    left = settings.open(verdicts, "unknown", "attacked")
+    if not left:
+        return
+    begun, some = time.perf_counter(), [verdicts[i] for i in left]
+    found = margin_lower_bounds(net, x[left], y[left], settings.eps, relax, **CERTIFY[relax],
+                                slope=settings.slope)
+    low[left] = torch.fmax(low[left], found)
+    spend(relax, begun, some)
+    for v, bound in zip(some, smallest(found, y[left]).tolist()):
+        v.prove(relax, bound, settings.unit)
 
 
 # --------------------------------------------------------------------------------- branch and bound
@@ -347,13 +288,10 @@ class Tree:
         return v.seconds > settings.timeout or settled and self.tolerance == math.inf
 
 
-def branch_and_bound(net, x, y, settings, verdicts, upper, report):
-    """Settle samples by alpha-CROWN, at the roots, and by branch and bound. upper: the smallest
-    margin known of each."""
-    begun = time.time()
-    problem, exact, trees = roots(net, x, y, settings, verdicts, upper)
-    for v in verdicts:
-        v.spend("alpha-crown", (time.time() - begun) / len(verdicts))
+def branch_and_bound(net, x, y, settings, verdicts, low, upper, report):
+    """Settle samples by alpha-CROWN, at the roots, and by branch and bound. low: (B, K) the margins
+    proved of each, upper: (B,) the smallest seen."""
+    problem, exact, trees = roots(net, x, y, settings, verdicts, low, upper)
     stage = "alpha-crown" if "alpha-crown" in settings.stages else "branch-and-bound"
     waiting = trees
     while waiting:
@@ -362,36 +300,56 @@ def branch_and_bound(net, x, y, settings, verdicts, upper, report):
             tree.verdict.prove(stage, tree.bound() * settings.unit, settings.unit)
             report(tree.verdict)
         waiting = [tree for tree in waiting if tree not in over]
-        stage, begun, active = "branch-and-bound", time.time(), waiting[:TREES]
+        stage, begun, active = "branch-and-bound", time.perf_counter(), waiting[:TREES]
         if active:
-            cut = split_worst(problem, exact, trees, active)
-            for sample, nodes in cut.items():
-                verdicts[sample].spend(stage, (time.time() - begun) * nodes / cut.total())
+            nodes = split_worst(problem, exact, trees, active)
+            spend(stage, begun, [verdicts[node.sample] for node in nodes])
 
 
-def roots(net, x, y, settings, verdicts, upper):
-    """The problem, its exact twin, and a tree per sample: its roots are the margins that
-    alpha-CROWN leaves open, with slopes of their own for each."""
+def roots(net, x, y, settings, verdicts, low, upper):
+    """The problem, its exact twin, and a tree per sample: its roots are the margins that no bound
+    has settled, raised by alpha-CROWN with slopes of their own for each, while there is time."""
     eps, unit = settings.eps, settings.unit
-    # On large networks the ascent alone takes longer than a sample has; DeepPoly has to do there.
-    slow = any(10 * v.seconds_by_stage.get("deeppoly", 0) > settings.timeout for v in verdicts)
     twin, x64, y64 = in_float64(net, x, y)
-    bounds = preactivation_bounds(twin, x64, eps, "deeppoly" if slow else "alpha-crown",
-                                  skip_stable=True)
+    bounds = neuron_bounds(twin, x64, settings, verdicts)
     exact = pose(twin, x64, y64, eps, unit, bounds)
     problem = pose(net, x, y, eps, unit, bounds)
     trees = [Tree(i, v, margin / unit, settings.tolerance / unit)
-             for i, (v, margin) in enumerate(zip(verdicts, upper))]
-    slopes, none = adaptive(problem.l, problem.u), torch.zeros(0)
+             for i, (v, margin) in enumerate(zip(verdicts, upper.tolist()))]
+    slopes, none = SLOPES[settings.slope](problem.l, problem.u), torch.zeros(0)
     nodes = []
-    for i, v in enumerate(verdicts):
-        others = [k for k in range(problem.rows.shape[1]) if k != y[i]]
-        nodes += [Node(v.bound / unit, i, k, none.long(), none, none, slopes[i]) for k in others]
+    for i, margins in enumerate((low / unit).tolist()):
+        nodes += [Node(bound, i, k, none.long(), none, none, slopes[i])
+                  for k, bound in enumerate(margins) if k != y[i]]
+    settled = [node.bound > trees[node.sample].goal() for node in nodes]
+    for node in itertools.compress(nodes, settled):
+        trees[node.sample].add(node)
+    nodes = [node for node, is_settled in zip(nodes, settled) if not is_settled]
     for start in range(0, len(nodes), 4 * WIDTH):
-        part = nodes[start:start + 4 * WIDTH]
-        for node in raise_bounds(problem, exact, part, trees, STEPS):
+        part, begun = nodes[start:start + 4 * WIDTH], time.perf_counter()
+        todo = [node for node in part if verdicts[node.sample].seconds < settings.timeout]
+        late = [node for node in part if verdicts[node.sample].seconds >= settings.timeout]
+        for node in late + raise_bounds(problem, exact, todo, trees, STEPS):
             trees[node.sample].add(node)
+        spend("alpha-crown", begun, [verdicts[node.sample] for node in todo])
     return problem, exact, trees
+
+
+def neuron_bounds(net, x, settings, verdicts):
+    """Bounds of the neurons, in float64: by alpha-CROWN, or, on networks so large that its ascent
+    alone would take longer than a sample has, by DeepPoly."""
+    slow = torch.tensor([10 * v.seconds_by_stage.get("deeppoly", 0) > settings.timeout
+                         for v in verdicts])
+    order, found = [], []
+    for relax, some in (("alpha-crown", ~slow), ("deeppoly", slow)):
+        some = some.nonzero().flatten().tolist()
+        if some:
+            begun, order = time.perf_counter(), order + some
+            found.append(preactivation_bounds(net, x[some], settings.eps, relax, skip_stable=True,
+                                              slope=settings.slope))
+            spend("alpha-crown", begun, [verdicts[i] for i in some])
+    back = torch.tensor(order).argsort()
+    return [[torch.cat(ends)[back] for ends in zip(*pairs)] for pairs in zip(*found)]
 
 
 def pose(net, x, y, eps, unit, bounds):
@@ -412,7 +370,7 @@ def pose(net, x, y, eps, unit, bounds):
 
 
 def split_worst(problem, exact, trees, active):
-    """Cut the worst nodes of the active trees and bound their halves. How many of each tree."""
+    """Cut the worst nodes of the active trees and bound their halves. Returns those nodes."""
     quota = max(1, WIDTH // len(active))
     limit = STORE // (TREES * max(1, problem.l.shape[1]))
     nodes = [node for tree in active for node in tree.pop(quota, limit)]
@@ -432,7 +390,7 @@ def split_worst(problem, exact, trees, active):
         bound = max(bound, node.bound)
         tree.proved = min(tree.proved, bound)
         tree.stuck |= not bound > tree.goal()
-    return Counter(node.sample for node in nodes)
+    return nodes
 
 
 def subdomains(problem, nodes):
@@ -594,170 +552,78 @@ def settle_linear(exact, node):
 
 # ------------------------------------------------------------------------------------- command line
 
-def summary(verdicts, stages):
-    """The final table, as lines of text: counts that add up to the number of samples."""
-    n, counts = len(verdicts), Counter(v.status for v in verdicts)
-    settled = Counter(v.stage for v in verdicts if v.status == "certified")
-
-    def line(title, k):
-        return f"  {title:34}{100 * k / n:7.2f} %   {k}/{n}"
-
-    lines = [line("natural accuracy", n - counts["misclassified"]),
-             line("not attacked (upper bound)", counts["certified"] + counts["unknown"])]
-    total = 0
-    for stage in stages:
-        total += settled[stage]
-        lines.append(line(f"certified up to {stage}", total))
-    spent = sum((Counter(v.seconds_by_stage) for v in verdicts), Counter())
-    seconds = [f"{stage} {spent[stage]:.1f}" for stage in ("attack", *STAGES) if stage in spent]
-    lines.append("  seconds: " + ", ".join(seconds))
-    total = " + ".join(f"{counts[status]} {status}" for status in STATUSES)
-    lines.append(f"  {total} = {n} samples, {sum(v.seconds for v in verdicts):.1f} s")
-    return lines
-
-
-def newest_run(root="runs"):
-    runs = sorted(Path(root).glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise InputError(f"no run found under {root}/; train one with python train.py, or name its "
-                         "folder")
-    return runs[-1].parent
-
-
-def verdict_of(row):
-    bound = -math.inf if row["bound"] is None else row["bound"]
-    return Verdict(row["status"], row["stage"], bound, row["seconds"],
-                   seconds_by_stage=row["seconds_by_stage"])
-
-
-def parse_args(argv):
-    p = Parser(prog="certify.py", description="Certify a trained run, sample by sample.")
-    p.add_argument("run", nargs="?", help="run folder of train.py; default: the newest under runs/")
-    p.add_argument("--eps", type=number(0, 1), help="radius in pixels; default: the run's")
-    p.add_argument("--samples", type=count(1), help="first N test images; default: the run's")
-    p.add_argument("--validation", type=count(0), help="certify the last N training images, not "
-                   "those of the test; 0: those of the test; default: the run's")
-    p.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
-                   help=f"of {', '.join(STAGES)}; default: all")
-    p.add_argument("--timeout", type=number(0, math.inf), default=30.0,
-                   help="seconds for each image; default: 30")
-    p.add_argument("--steps", type=count(1), default=40, help="of the attack")
-    p.add_argument("--restarts", type=count(0),
-                   help="of the attack; 0: no attack; default: one for each class")
-    p.add_argument("--batch-size", type=count(1), default=100)
-    p.add_argument("--seed", type=count(0), default=0)
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    p.add_argument("--dataset", type=dataset_name, help="PATH.npz, if the run's has moved")
-    p.add_argument("--data-dir", help="default: that of the run")
-    p.add_argument("--out", help="JSON lines, one verdict each; default: RUN/certify-epsEPS.jsonl")
-    return p.parse_args(argv)
-
-
 def main(argv=None):
-    args = parse_args(argv)
+    args = parse_args(argv, STAGES, SETTINGS)
     device = pick_device(args.device)
-    folder = Path(args.run) if args.run else newest_run()
-    net, config, _ = load_run(folder)
     moved = {k: getattr(args, k) for k in ("dataset", "data_dir") if getattr(args, k)}
-    data = data_of_run(config | moved)
+    if args.weights:
+        path, net = Path(args.weights), None
+        config = defaults(SETTINGS, dataset_kind(args.dataset), "grad") | dict(net=args.net)
+    else:
+        path = Path(args.run or newest_run())
+        net, config, _ = load_run(path)
+    config |= moved
+    data = data_of_run(config)
     if not is_trained_on(data, config):
-        warn(f"{folder} was trained on other images than these")
+        warn(f"{path} was trained on other images than these")
     data = hold_out(data, config["validation"] if args.validation is None else args.validation)
-    if list(data.x_test.shape[1:]) != config["input_shape"] or data.classes != config["classes"]:
-        raise InputError(f"{folder} was trained on images {config['input_shape']} of "
+    shape, classes = list(data.x_test.shape[1:]), data.classes
+    if args.weights:
+        made = dict(net=args.net, input_shape=shape, classes=classes, init="default",
+                    statistics=statistics_of(data, config))
+        net = read_weights(path, new_network(made, LAYERS, read_network))
+    elif shape != config["input_shape"] or classes != config["classes"]:
+        raise InputError(f"{path} was trained on images {config['input_shape']} of "
                          f"{config['classes']} classes, but {config['dataset']} has "
-                         f"{list(data.x_test.shape[1:])} of {data.classes}")
+                         f"{shape} of {classes}")
     with process_group(device):
-        certify_run(net.to(device), config, data, folder, args, device)
+        certify_radii(net.to(device), config, data, path, args, device)
 
 
-def certify_run(net, config, data, folder, args, device):
-    """Write a verdict for each test image, and show their counts. With many processes each takes
-    its share; the first gathers what they wrote."""
-    eps = config["eps"] if args.eps is None else args.eps
+def certify_radii(net, config, data, path, args, device):
+    """Write a verdict for each test image and radius, a file for each radius, and show their
+    counts; what one radius tells about others is used. With many processes each takes its share of
+    the images; the first gathers what they wrote."""
     n = min(len(data.x_test), args.samples or config["test_subset"] or len(data.x_test))
-    path = Path(args.out) if args.out else folder / f"certify-eps{eps:.6g}.jsonl"
+    x, y = data.x_test[:n], data.y_test[:n]
     settings = dict(stages=[s for s in STAGES if s in args.stages], timeout=args.timeout,
                     steps=args.steps, seed=args.seed,
                     restarts=data.classes if args.restarts is None else args.restarts)
-    header = dict(run=folder.resolve().name, eps=eps, **settings,
-                  network=checksum(*net.state_dict().values()),
+    if (slope := args.slope or config.get("slope", "adaptive")) != "adaptive":
+        settings["slope"] = slope
+    header = dict(run=path.resolve().name, **settings, network=checksum(*net.state_dict().values()),
                   images=checksum(data.x_test, data.y_test))
+    known, made = {}, "" if args.weights else f" trained by {config['relax']}, {config['opt']}"
+    for eps in outside_in(args.eps or [config["eps"]]):
+        file = file_of(args, path, eps)
 
-    def certify_some(indices, report):
-        x, y = data.x_test[indices].to(device), data.y_test[indices].to(device)
-        try:
-            certify(net, x, y, eps, batch=args.batch_size, report=report, **settings)
-        except ContradictionError as e:
-            i = indices[e.index]
-            witness = save_point(points_of(path), f"contradiction-{i}", e.counterexample)
-            print(f"abort: test image {i} is certified and attacked: {e}. The counterexample is in "
-                  f"{witness}", file=sys.stderr)
-            sys.exit(1)
+        def certify_some(indices, report):
+            left = report_inherited(indices, eps, known, report)
+            images = [indices[place] for place in left]
+            certify_images(net, x, y, eps, file, images, batch=args.batch_size, **settings,
+                           report=lambda v: report(replace(v, index=left[v.index])))
 
-    title = (f"{folder}: {config['net']} trained by {config['relax']}, {config['opt']}; "
-             f"eps {eps:.4g}; {n} test images")
-    labels = data.y_test[:n].tolist()
-    verdicts = write_verdicts(path, header, labels, certify_some, verdict_of, title,
-                              batch=args.batch_size)
-    if ranks()[0] == 0:
-        print("\n".join(summary([verdicts[i] for i in range(n)], settings["stages"])))
+        title = f"{path}: {config['net']}{made}; eps {eps:.4g}; {n} test images"
+        known[eps] = write_verdicts(file, header | dict(eps=eps), y.tolist(), certify_some,
+                                    verdict_of, title, batch=args.batch_size)
+        if ranks()[0] == 0:
+            print("\n".join(summary([known[eps][i] for i in range(n)], settings["stages"])))
+    if len(known) > 1 and ranks()[0] == 0:
+        print("\n".join(curve(known)))
 
 
-# ------------------------------------------------------------------------- a linear program exactly
-
-def linear_program(c, G, h, low, high):
-    """min c.x  subject to  G x >= h and low <= x <= high, by the dual simplex method.
-
-    Returns x (None if infeasible) and a list of multipliers beta >= 0 to try: at the last of them,
-    min over low <= x <= high of c.x - beta.(G x - h) is the optimum, or, if infeasible, large.
-
-    Each variable v, that is x or a slack w = G x - h >= 0, is either at one of its ends ("at", n of
-    them) or basic: basic = T at + t. The start is dual feasible whatever c is, because x is bounded
-    on both sides: every x at the end that c prefers.
-    """
-    (m, n), tiny = G.shape, 1e-9                           # of pixels; constraints are normalised
-    size = np.abs(G).max(1, initial=0)
-    size[size == 0] = 1
-    G, h = G / size[:, None], h / size                     # multipliers are divided in the end
-    lo = np.concatenate([low, np.zeros(m)])
-    hi = np.concatenate([high, np.full(m, np.inf)])
-    T, t = np.vstack([G, c]), np.append(-h, 0.0)           # the last row is the objective
-    ends, basic = np.arange(n), n + np.arange(m)
-    top = c < 0                                            # at the upper end?
-    for _ in range(50 * (m + n)):
-        at = np.where(top, hi[ends], lo[ends])
-        v = T[:m] @ at + t[:m]
-        outside = np.maximum(lo[basic] - v, v - hi[basic])
-        r = outside.argmax() if m else 0
-        if not m or outside[r] <= tiny:
-            x, price = np.empty(n + m), np.zeros(n + m)
-            x[ends], x[basic], price[ends] = at, v, T[m]
-            return x[:n], [price[n:].clip(0) / size]
-        up = 1 if v[r] < lo[basic[r]] else -1              # where basic variable r has to go
-        helps = up * T[r] * np.where(top, -1, 1)           # what moving each from its end does
-        cost = np.abs(T[m]) / np.maximum(helps, tiny)
-        ratio = np.where(helps > tiny, cost, np.inf)
-        j = ratio.argmin() if n else 0
-        if not np.isfinite(ratio[j]):                      # nothing helps: row r is a proof
-            proof = np.zeros(n + m)
-            proof[ends], proof[basic[r]] = (-up * T[r]).clip(0), 1
-            beta = proof[n:] / size * (np.abs(c).max() or 1)
-            return None, [beta * 10.0 ** k for k in range(-2, 11)]
-        pivot(T, t, r, j)
-        ends[j], basic[r], top[j] = basic[r], ends[j], up < 0
-    return None, []
-
-
-def pivot(T, t, r, j):
-    """Basic variable r and the j-th of those at their ends change places, in place."""
-    row, constant = -T[r] / T[r, j], -t[r] / T[r, j]       # row r solved for the j-th
-    row[j] = 1 / T[r, j]
-    column = T[:, j].copy()
-    T[:, j] = 0
-    T += np.outer(column, row)
-    t += column * constant
-    T[r], t[r] = row, constant
+def certify_images(net, x, y, eps, file, images, **options):
+    """certify these of the images x. A contradiction ends the program; its witness is kept beside
+    the file of verdicts."""
+    device = next(net.parameters()).device
+    try:
+        certify(net, x[images].to(device), y[images].to(device), eps, **options)
+    except ContradictionError as e:
+        i = images[e.index]
+        witness = save_point(points_of(file), f"contradiction-{i}", e.counterexample)
+        print(f"abort: test image {i} is certified and attacked: {e}. The counterexample is in "
+              f"{witness}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -77,10 +77,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, vjp, vmap
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from plumbing.precision import full_precision
+from plumbing.reading import (check_images, check_numbers, check_steps, checked_bounds, checked_eps,
+                              checked_labels, read_layers)
 
 # A bound computed with 10-bit mantissas is no bound; cuDNN would use them on convolutions.
 torch.backends.cudnn.allow_tf32 = False
@@ -178,12 +179,10 @@ class Box(NamedTuple):
         return None, d + (above * self.lower + below * self.upper).sum(-1)
 
 
-def lower_bound(A, d, steps, trace=None):
+def lower_bound(A, d, steps):
     """Sound lower bounds (P, B, R) of the rows a.z + d, where z is the output of steps[-1], and the
-    steps are a Box, then Layers and Lines.  trace: a list that collects the A above each step."""
+    steps are a Box, then Layers and Lines."""
     for step in reversed(steps):
-        if trace is not None:
-            trace.append(A)
         A, d = step.back(A, d)
     return d
 
@@ -246,14 +245,13 @@ def for_rows(box):
 # What users call, and what is accepted.
 
 # A class belongs in AFFINE if it is affine in its input and, where it has no weight, has no
-# negative coefficients: whoever adds one vouches for both, or refuses settings in check_layer.
-# RESHAPE changes nothing but shapes.
+# negative coefficients: whoever adds one vouches for both, or refuses settings in check_layer of
+# plumbing/reading.py. RESHAPE changes nothing but shapes. A subclass that defines nothing but a
+# constructor counts as its base.
 AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.BatchNorm1d,
           nn.BatchNorm2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-          nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d)
+          nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d)
 RESHAPE = nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d
-RUNNING = "forward", "__iter__", "__call__", "_call_impl"       # what a network runs by
-TENSORS = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 
 
 class Network(NamedTuple):
@@ -268,147 +266,15 @@ def read_network(net, in_shape, params=None):
 
     Raises ValueError, naming the layer, for what cannot be bounded.
     """
-    on_all = nn.modules.module
-    hooks = [*on_all._global_forward_hooks.values(), *on_all._global_forward_pre_hooks.values()]
-    changing = [h for h in hooks if not h.__module__.startswith("torch.")]    # torch's only count
-    if changing or not is_sequential(net):
-        raise ValueError(f"net ({type(net).__name__}) has to be a plain torch.nn.Sequential, and "
-                         "there may be no hooks on it or on all modules")
-    P, stacked = stack_tensors(net, params or {})
-    stages, shapes, shape = [[]], [], tuple(in_shape)
-    for name, module in flat_layers(net):
-        if is_a(module, nn.ReLU):
+    P, entries, logits = read_layers(net, tuple(in_shape), params or {}, AFFINE, RESHAPE)
+    stages, shapes = [[]], []
+    for module, tensors, before, after in entries:
+        if module is None:                                                                # a ReLU
             stages.append([])
-            shapes.append(shape)
-            continue
-        where = f"layer {name} ({type(module).__name__})"
-        check_layer(module, where)
-        after = shape_after(module, shape, where)
-        if not is_a(module, *RESHAPE):
-            own = {n: getattr(module, n, None) for n in TENSORS}
-            tensors = {n: stacked(t) for n, t in own.items() if t is not None}
-            stages[-1].append(Layer(plain(module, own), tensors, shape, after, P))
-        shape = after
-    if len(shape) != 1 or not any(stages):
-        raise ValueError(f"the network ends in the shape {shape}, not in logits; "
-                         "is nn.Flatten() or a layer missing?")
-    return Network(stages, [*shapes, shape], P)
-
-
-def stack_tensors(net, params):
-    """P, and a function from a tensor of net to what params has in its place, or else to P times
-    itself. A tensor with several names (tied weights) is the same under all of them."""
-    own = dict(net.named_parameters(remove_duplicate=False))
-    own |= dict(net.named_buffers(remove_duplicate=False))
-    computed_from = {id(t) for name, t in own.items() if "parametrizations." in name}
-    own = {name: t for name, t in own.items() if id(t) not in computed_from}
-    unknown = sorted(params.keys() - own.keys())
-    sizes = {tuple(t.shape[:1]) for t in params.values()}
-    if unknown or len(sizes) > 1 or (0,) in sizes or () in sizes:
-        raise ValueError("params has to map names such as '0.weight' to tensors with one leading P "
-                         f">= 1; got the sizes {sorted(sizes)}, unknown {unknown}")
-    for name, t in params.items():
-        if t.shape[1:] != own[name].shape:
-            raise ValueError(f"params[{name!r}] is {tuple(t.shape)}, but the layer's is "
-                             f"{tuple(own[name].shape)}")
-    given = {id(own[name]): t for name, t in params.items()}
-    if len(given) < len(params):
-        raise ValueError("params has one tensor of net under several names; give it under one")
-    P = sizes.pop()[0] if sizes else 1
-
-    def stacked(t):
-        return given[id(t)] if id(t) in given else t.expand(P, *t.shape)
-
-    return P, stacked
-
-
-def flat_layers(net, prefix=""):
-    """(name, layer) of all layers, by their names in net.state_dict()."""
-    for name, module in net._modules.items():
-        if is_sequential(module):
-            yield from flat_layers(module, f"{prefix}{name}.")
+            shapes.append(before)
         else:
-            yield prefix + name, module
-
-
-def is_a(module, *kinds):
-    """Is it exactly one of these kinds, and computes what they compute?"""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    if hooks or any(callable(value) for value in vars(module).values()):
-        return False
-    return parametrize.type_before_parametrizations(module) in kinds
-
-
-def is_sequential(net):
-    """Is it an nn.Sequential, or a subclass that only builds one?"""
-    kind = type(net)
-    same = issubclass(kind, nn.Sequential) and all(
-        getattr(kind, name) is getattr(nn.Sequential, name) for name in RUNNING)
-    return same and is_a(net, kind)
-
-
-def check_layer(module, where):
-    if not is_a(module, *AFFINE, *RESHAPE):
-        names = ", ".join(kind.__name__ for kind in (*AFFINE, *RESHAPE))
-        known = parametrize.type_before_parametrizations(module) in (nn.ReLU, *AFFINE, *RESHAPE)
-        raise ValueError(f"{where} " + "may compute something else than its class, and " * known
-                         + f"is not supported; supported are ReLU, {names}, in an nn.Sequential, "
-                         "without hooks and with the methods of their class")
-    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and (
-            module.training or module.running_mean is None):
-        raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "
-                         "track_running_stats=True), so that it is a fixed affine map")
-    changing = any(m.training and (isinstance(m, nn.modules.dropout._DropoutNd)
-                                   or list(m.buffers(recurse=False))) for m in module.modules())
-    computed = getattr(module, "parametrizations", ())
-    if changing or not all(torch.equal(getattr(module, n), getattr(module, n)) for n in computed):
-        raise ValueError(f"{where} is another function at each call; call net.eval()")
-    divisor = getattr(module, "divisor_override", None)
-    if getattr(module, "mode", "") == "bicubic" or divisor is not None and divisor < 0:
-        raise ValueError(f"{where} has negative coefficients and no weight, which is not supported")
-
-
-def plain(module, tensors):
-    """A module of the same settings that holds these tensors, computed (weight_norm) or not. The
-    heart sets other tensors in it, for which the network, used by other threads, is no place."""
-    kind = parametrize.type_before_parametrizations(module)
-    copy = kind.__new__(kind)
-    nn.Module.__init__(copy)
-    settings = vars(module).keys() - vars(copy).keys() - {*TENSORS}
-    vars(copy).update((name, vars(module)[name]) for name in settings)
-    copy._parameters.update(tensors)
-    return copy.eval()
-
-
-def shape_after(module, shape, where):
-    """What a layer makes of one input of that shape: by running it, or by arithmetic, where that
-    is not worth the time."""
-    if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
-        return (math.prod(shape),)
-    if type(module) is nn.Linear and shape == module.weight.shape[1:]:
-        return tuple(module.weight.shape[:1])
-    if type(module) is nn.Conv2d and len(shape) == 3 and module.padding_mode == "zeros" \
-            and shape[0] == module.in_channels and not isinstance(module.padding, str):
-        size = conv_size(module, shape[1:])
-        if min(size) > 0:
-            return (len(module.weight), *size)
-    like = next(iter(module.state_dict().values()), torch.zeros(()))
-    try:
-        with torch.no_grad():
-            after = [module(like.new_zeros(n, *shape)).shape for n in (2, 3)]
-    except (RuntimeError, ValueError, IndexError) as e:
-        hint = "; is nn.Flatten() missing?" if isinstance(module, nn.Linear) else ""
-        raise ValueError(f"{where} cannot read the shape {shape}{hint} "
-                         f"({str(e).splitlines()[0]})") from None
-    if [(n, *after[0][1:]) for n in (2, 3)] != [tuple(each) for each in after]:
-        raise ValueError(f"{where} mixes the images of a batch")
-    return tuple(after[0][1:])
-
-
-def conv_size(conv, size):
-    """The size of the map that a Conv2d makes of one of the given size."""
-    along = zip(size, conv.weight.shape[2:], conv.stride, conv.padding, conv.dilation)
-    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along)
+            stages[-1].append(Layer(module, tensors, before, after, P))
+    return Network(stages, [*shapes, logits], P)
 
 
 def prepare(net, x, eps, relax, params):
@@ -419,33 +285,15 @@ def prepare(net, x, eps, relax, params):
     if relax == "alpha-crown" and torch.is_inference_mode_enabled():
         raise ValueError("alpha-crown climbs along gradients, which torch.inference_mode() has "
                          "none of; torch.no_grad() will do")
+    check_images(x)
     network = read_network(net, x.shape[1:], params)
-    layers = sum(network.stages, [])
-    dtypes = {x.dtype, *(t.dtype for layer in layers for t in layer.tensors.values())}
-    dtypes -= {torch.int64}                                           # of num_batches_tracked
-    if len(dtypes) > 1 or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x and the parameters have to be all float32 or all float64, got "
-                         f"{sorted(map(str, dtypes))}")
-    if torch.is_autocast_enabled(x.device.type):
-        raise ValueError("bounds need full precision; leave torch.autocast before computing them")
-    if not len(x) or not ((x >= 0) & (x <= 1)).all():
-        raise ValueError("x is empty, or has values outside [0, 1] or NaN: pass pixels; "
-                         "normalisation is a layer of the network")
-    eps = check_eps(eps, x)
+    check_numbers(x, [layer.tensors for layers in network.stages for layer in layers])
+    eps = checked_eps(eps, x)
     box = Box(*(t.clamp(0, 1).flatten(1)[None] for t in (x - eps, x + eps)))
     first, *rest = network.stages
     while first and isinstance(first[0].module, (nn.BatchNorm1d, nn.BatchNorm2d)):
         box, first = Box(*first[0].interval(*box)), first[1:]
     return network._replace(stages=[first, *rest]), box
-
-
-def check_eps(eps, x):
-    eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
-    fits = all(n in (1, m) for n, m in zip(reversed(eps.shape), reversed(x.shape)))
-    if not fits or eps.dim() > x.dim() or not ((eps >= 0) & eps.isfinite()).all():
-        raise ValueError(f"eps={eps.tolist()} has to be a radius in pixels, 0 <= eps < infinity: a "
-                         "number, or a tensor that broadcasts with x")
-    return eps
 
 
 def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=adaptive,
@@ -489,7 +337,8 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         arithmetic on the bounds of the layer before leaves unstable, and keep the tighter of both
         bounds. Faster, and usually at least as tight: with slope=zero always; but the adaptive
         slope may flip from 1 to 0, and then neurons and margins above it may be looser.
-    slope: the lower line of an unstable ReLU, (l, u) -> slope in [0, 1]; see adaptive.
+    slope: of the lower line of an unstable ReLU: a name of SLOPES, or a function (l, u) -> slope in
+        [0, 1]. "alpha-crown" starts from it.
     intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
     memory: a budget in bytes for the passes (None: MEMORY): how many rows go down at once, and how
         many passes are kept for backward. The least pass goes down whatever it takes, and
@@ -499,11 +348,9 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     """
     network, box = prepare(net, x, eps, relax, params)
     ask, machine = options(relax, slope, skip_stable, steps, Budget(memory, x)), engine(network)
-    box, y = machine.inward(box, 0), check_labels(y, x, machine.K)
+    box, y = machine.inward(box, 0), checked_labels(y, x, machine.K)
     if intermediate is not None:
-        want = bound_shapes(network, x, params)
-        if [[t.shape for t in pair] for pair in intermediate] != [[s, s] for s in want]:
-            raise ValueError(f"intermediate has to hold a pair (l, u) of each of the shapes {want}")
+        intermediate = checked_bounds(intermediate, bound_shapes(network, x, params), x)
         flat = [[t.reshape(network.P, len(x), -1) for t in pair] for pair in intermediate]
         bounds = [machine.inward(pair, i) for i, pair in enumerate(flat, 1)]
     with full_precision(x):
@@ -514,15 +361,6 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
                                        memory=memory)
         low = torch.maximum(low, deeppoly)
     return low[0] if params is None else low
-
-
-def check_labels(y, x, K):
-    y = torch.as_tensor(y, device=x.device)
-    if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)}")
-    if not ((y >= 0) & (y < K)).all():
-        raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
-    return y.long()
 
 
 def bound_shapes(network, x, params):
@@ -542,6 +380,7 @@ class Options(NamedTuple):
 
 
 def options(relax, slope, skip_stable, steps, budget):
+    check_steps(steps)
     substitute, ascent = relax in ("deeppoly", "alpha-crown"), steps * (relax == "alpha-crown")
     return Options(relax, checked(slope), skip_stable, substitute, ascent, budget)
 
@@ -616,12 +455,22 @@ def one(l, u):
 
 
 def parallel(l, u):
-    """The slope of the upper line, u / (u - l) (Fast-Lin; the zonotope of DeepZ)."""
+    """That of the upper line, u / (u - l): the bounds are those of a zonotope (Fast-Lin, Weng et
+    al. 2018; DeepZ, Singh et al. 2018), the same in either direction."""
     return relax_relu(l, u).upper
 
 
+SLOPES = dict(adaptive=adaptive, zero=zero, one=one, parallel=parallel)
+
+
 def checked(slope):
-    """The rule; one that is not of this file raises ValueError where it leaves [0, 1]."""
+    """The rule of that name, or the function; one that is not of this file raises ValueError where
+    it leaves [0, 1]."""
+    if slope in [*SLOPES, *SLOPES.values()]:
+        return SLOPES.get(slope, slope)
+    if not callable(slope):
+        raise ValueError(f"slope={slope!r} is none of {', '.join(SLOPES)}, and no function (l, u)")
+
     def rule(l, u):
         slopes = slope(l, u)
         outside = (slopes < 0) | (slopes > 1)
@@ -629,7 +478,7 @@ def checked(slope):
             raise ValueError("slope(l, u) has to be in [0, 1]: other lines do not bound relu")
         return slopes
 
-    return slope if slope in (adaptive, zero, one, parallel) else rule
+    return rule
 
 
 def replaced(steps, **fields):
@@ -645,11 +494,12 @@ def ascend(bound, free, limits, rates, steps, *, target=torch.inf, shield=nullco
     bound(free) -> (...); each tensor of free is (..., Q), Q numbers for each row. limits has its
     (lowest, highest), rates its first step size. The given choices are tried first, and each row
     keeps its best ones, so no row gets looser. Stops early when all bounds exceed target.
-    shield: a context for the bounds.
+    shield: a context for the bounds. No factor of the bounds matters: Adam's epsilon is tiny.
     """
     free = [t.detach().clone().requires_grad_() for t in free]
     optimizer = torch.optim.Adam([{"params": t, "lr": r} for t, r in zip(free, rates)],
-                                 maximize=True, fused=True)
+                                 eps=torch.finfo(free[0].dtype).tiny ** 0.5, maximize=True,
+                                 fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     best, chosen = -torch.inf, [t.detach().clone() for t in free]
     for step in range(steps + 1):
@@ -734,12 +584,21 @@ class Subdomains(NamedTuple):
     multipliers: torch.Tensor   # (B, N) s beta
 
 
+class Note(NamedTuple):
+    """A step that does nothing: it keeps the coefficients of what the step below it gives."""
+    kept: list
+
+    def back(self, A, d):
+        self.kept[:] = [A.detach()]
+        return A, d
+
+
 def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
     """Sound lower bounds (B,) of the functions on their subdomains; and the slopes and multipliers
     (B, N) that give them, the given ones or better by so many steps of ascent.
 
-    trace: with steps=0, a list to be filled with the coefficients (B, ...) of each ReLU's outputs,
-    bottom up, after those of the input.
+    trace: a list to be filled with the coefficients (B, ...) that the given slopes and multipliers
+    give the input and, from below upwards, the outputs of each ReLU.
     """
     machine = engine(network)
     stages, layouts, bound = machine.stages, machine.layouts, machine.bound
@@ -750,28 +609,36 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
 
     def chosen(choices):
         lower, multiplier = (by_relu(t) for t in choices)
-        chosen_way = replaced(way, lower=lower, multiplier=multiplier)
-        return bound(rows, 0, chosen_way, found)[0, :, 0]
+        return bound(rows, 0, replaced(way, lower=lower, multiplier=multiplier))[0, :, 0]
 
     box = Box(*(hwc(t[:, :, None], layouts[0]) for t in sub.box))
     rows = hwc(sub.rows, layouts[-1])[None, :, None]                         # (1, B, 1, K)
     whole = relax_relu(sub.l, sub.u)
     lines = [Lines(*parts) for parts in zip(*(by_relu(t) for t in whole[:3]))]
-    way, found = [box, *interleaved(stages, lines)], None if trace is None else []
+    way, notes = [], []
+    for step in [box, *interleaved(stages, lines)]:
+        if isinstance(step, (Box, Lines)):
+            notes.append(Note([]))
+        way += [step, notes[-1]] if isinstance(step, (Box, Lines)) else [step]
     unused = torch.zeros_like(sub.signs)
     limits = [(whole.upper.floor(), whole.upper.ceil()),
               (unused.masked_fill(sub.signs < 0, -torch.inf),
                unused.masked_fill(sub.signs > 0, torch.inf))]
     choices = [t.clamp(*limit) for t, limit in zip((sub.slopes, sub.multipliers), limits)]
     with full_precision(sub.l):
-        if steps and sub.sizes:
-            low, choices = ascend(chosen, choices, limits, RATES, steps, target=target)
-        else:
-            low = chosen(choices)
+        low = chosen(choices)
+        found = [note.kept[0][0, :, 0] for note in notes]                    # (B, N) of each
+        if steps and sub.sizes and not (low > target).all():
+            # The unit of beta: the largest coefficient that the row has of the same ReLU.
+            largest = [A.abs().amax(1, keepdim=True).expand_as(A) for A in found[1:]]
+            unit = torch.cat(largest, 1)
+            unit = unit.where(unit > 0, 1)
+            in_units = lambda free: chosen((free[0], free[1] * unit))
+            low, (slopes, betas) = ascend(in_units, (choices[0], choices[1] / unit), limits, RATES,
+                                          steps, target=target)
+            choices = slopes, betas * unit
     if trace is not None:
-        above = [A for A, step in zip(found, reversed(way)) if isinstance(step, Lines)]
-        trace += [chw(A[0, :, 0], layout)
-                  for A, layout in zip([found[-1], *reversed(above)], layouts)]
+        trace += [chw(A, layout) for A, layout in zip(found, layouts)]
     return low, *choices
 
 
@@ -1238,11 +1105,11 @@ def first_relu(W, c, view, lines, op):
 # The inner loops of everything. Their backward passes are written out: they go over the rows less
 # often than autograd's, and of all that is as large as A they keep only A.
 
-def quick_bound(A, d, steps, trace=None):
+def quick_bound(A, d, steps):
     """lower_bound."""
     quick = {Lines: QuickLines, Box: QuickBox}
     steps = [quick[type(step)](*step) if type(step) in quick else step for step in steps]
-    return lower_bound(A, d, steps, trace)
+    return lower_bound(A, d, steps)
 
 
 class QuickLines(Lines):
@@ -1438,42 +1305,56 @@ class QuickEngine(Engine):
         P, K, n, budget = self.P, self.K, len(y), ask.budget
         if K == 1:               # nothing to bound; and where there are no rows PyTorch may crash
             return box.lower.new_zeros(P, n, 1)
-        if ask.relax == "box" and K <= 32:
-            return self.margins_of_few_classes(box, y, bounds)
-        rows = self.rows(y, box)[None]                                           # (1, B, K-1, K)
-        bound = partial(best_slopes, ascent=ask.ascent, bound=quick_bound)
+        W, c = self.logits(box.lower)
+        if ask.relax == "box":
+            box, bounds = Box(*map(F.relu, bounds[-1])) if bounds else box, []
+            if K <= 32:
+                return self.box_of_few_classes(W, c, box, y)
+        stages = self.stages[:len(bounds)]
 
         def of_samples(b):
             some, *pairs = parts_of([box, *bounds], slice(b, b + samples))
-            part = rows[:, b:b + samples]
-            return margins(self.stages, part, pairs, some, ask.relax, ask.slope, bound)
+            lines = [relax_relu(*for_rows(pair), ask.slope) for pair in pairs]
+            way = [for_rows(some), *interleaved([*stages, []], lines)]
+            return best_slopes(*self.rows(W, c, y[b:b + samples]), way, ask.ascent, quick_bound)
 
-        stages = self.stages[-1:] if ask.relax == "box" else self.stages
-        fit, keeps = budget.fit(P * K, sizes_down(View((K,)), stages), held=2 + 3 / K)
+        sizes = sizes_down(View(W.shape[2:]), stages)
+        fit, keeps = budget.fit(P * K, sizes, held=2 + 3 / K)
         samples = min(n, fit)
         jobs = [(b,) for b in range(0, n, samples)]
         return self.filled_up(torch.cat(budget.run(of_samples, jobs, keeps * samples), 1), y)
 
-    def margins_of_few_classes(self, box, y, bounds):
-        """Margins of "box": the rows of all labels in one product, which serves all samples."""
+    def box_of_few_classes(self, W, c, box, y):
+        """The rows of all labels in one product, which serves all samples."""
         labels, which = y.unique(return_inverse=True)
-        A, d = self.rows(labels, box).flatten(0, 1)[None, None], 0
-        for op in reversed(self.stages[-1]):
-            A, d = op.back(A, d)
-        lower, upper = map(F.relu, bounds[-1]) if bounds else box
-        A = A.squeeze(1)                                                       # (P, R, N)
-        low = d + lower @ A.mT + (upper - lower) @ minus(A).mT                 # (P, B, R)
+        A, d = (t.flatten(1, 2) for t in self.rows(W, c, labels))              # (P, L*(K-1), N)
+        low = d[:, None] + box.lower @ A.mT + (box.upper - box.lower) @ minus(A).mT
         low = low.unflatten(2, (len(labels), -1))[:, torch.arange(len(y)), which]
         return self.filled_up(low, y)
+
+    def logits(self, like):
+        """The logits as functions of what the last stage reads: W (P, K, N) and c (P, K)."""
+        ops = self.stages[-1]
+        if ops and ops[-1].stride is None:                                     # no product with eye
+            *ops, last = ops
+            W, c = hwc(last.weight, last.in_shape), last.bias
+        else:
+            W = hwc(torch.eye(self.K), self.layouts[-1]).to(like).expand(self.P, -1, -1)
+            c = W.new_zeros(W.shape[:2])
+        for op in reversed(ops):
+            W, c = op.back(W, c)
+        return W, c
+
+    def rows(self, W, c, y):
+        """logit[y] - logit[k] for the other classes k: A (P, B, K-1, N) and d (P, B, K-1)."""
+        others = self.others(y)
+        A, d = (t.index_select(1, y).unsqueeze(2)
+                - t.index_select(1, others.flatten()).unflatten(1, others.shape) for t in (W, c))
+        return A, d
 
     def others(self, y):
         """The other classes of each label, (B, K-1)."""
         return (y[:, None] + torch.arange(1, self.K).to(y)) % self.K
-
-    def rows(self, y, like):
-        """logit[y] - logit[k] for the other classes k, (B, K-1, K)."""
-        eye = torch.eye(self.K).to(like.lower)
-        return hwc(eye[y][:, None] - eye[self.others(y)], self.layouts[-1])
 
     def filled_up(self, low, y):
         """(P, B, K-1) of the other classes -> (P, B, K), with 0 for the label itself."""

@@ -15,6 +15,8 @@ letters as in relaxations.py.  Expected from the first command on 2 CPU cores: s
 import math
 from contextlib import ExitStack
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -23,42 +25,43 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import gls
-from plumbing.console import (InputError, Progress, Setting, count, defaults, header, not_negative,
-                              parser_of, pick_device, positive, positive_unit, refuse_others, run,
-                              show_training, table, unit, warn_without_effect)
+from plumbing.checks import check_problem, check_whole
+from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
+                              not_negative, parser_of, pick_device, positive, positive_unit,
+                              refuse_others, run, show_training, table, unit, warn_without_effect,
+                              with_defaults)
 from plumbing.data import (augment, by_data, dataset_kind, dataset_name, hold_out, load_dataset,
                            statistics_of)
 from plumbing.evaluations import comparison, write_evaluation
+from plumbing.networks import (NETWORKS, build_network, from_config, ibp_init, is_file, net_name,
+                               new_network, update_batchnorm)
 from plumbing.processes import average, members_of_each, parts_of, process_group, ranks, summed
-from plumbing.rounding import ball, check_finite, first_not_finite, in_float64
+from plumbing.reading import flat_layers
+from plumbing.rounding import ball, check_finite, first_not_finite, in_float64, unit_of
 from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, is_finished,
-                           locked, new_folder, read_checkpoint, recording, restored, run_folder)
+                           lengthen, locked, new_folder, read_checkpoint, recording, restored,
+                           run_folder)
 from plumbing.timing import lengths_of, seconds_at
-from relaxations import RELAXATIONS, margin_lower_bounds, preactivation_bounds
+from plumbing.weights import read_weights
+from relaxations import (AFFINE, RELAXATIONS, RESHAPE, SLOPES, margin_lower_bounds,
+                         preactivation_bounds, read_network)
 
 # --------------------------------------------------------------------------------------- settings
 # Default, limits, meaning and source of each; the command line and its help are made from this.
 # Sources: Shi = Shi et al. 2021, "Fast certified robust training with short warmup", and its code,
 # for MNIST (your own data start there) and CIFAR-10; here = from a few runs on digits, not tuned.
 
-BASELINES = "sabr", "mtl-ibp", "cc-ibp", "exp-ibp"       # they see an attack; see ATTACKING
-NETWORKS = {  # conv: channels, kernel, stride, padding; then (BatchNorm and) ReLU. Those of CTBench
-    # (eth-sri/CTBench, networks.py), but for a BatchNorm after cnn7's hidden linear layer
-    "mlp": "flatten, linear 100, linear 100",
-    "small": "conv 4 5 2 2, conv 8 4 2 1, flatten",
-    "cnn3": "conv 16 5 2 2, conv 32 4 2 1, flatten",
-    "cnn5": "conv 16 3 1 1, conv 16 4 2 1, conv 32 4 2 1, flatten, linear 512",
-    "cnn7": "conv+bn 64 3 1 1, conv+bn 64 3 1 1, conv+bn 128 3 2 1, conv+bn 128 3 1 1, "
-            "conv+bn 128 3 1 1, flatten, linear 512",
-}
+ATTACKING = "sabr", "mtl-ibp", "cc-ibp", "exp-ibp", "staps"      # baselines that see an attack
+LAYERS = nn.ReLU, *AFFINE, *RESHAPE         # what a network of your own may be made of
 
 SETTINGS = {
     "dataset": Setting("digits", dataset_name, "digits, mnist, cifar10, or PATH.npz"),
-    "relax": Setting("deeppoly", (*RELAXATIONS, *BASELINES),
+    "relax": Setting("deeppoly", (*RELAXATIONS, *ATTACKING, "taps"),
                      "the bound in the loss, or a baseline that is none"),
     "opt": Setting("rgs", ("grad", "rgs", "pgpe"),
                    "the gradient: plain, or of the smoothed loss, of first or of zeroth order"),
-    "net": Setting("cnn3", tuple(NETWORKS), "the network"),
+    "net": Setting("cnn3", net_name, f"the network: {', '.join(NETWORKS)}, or what "
+                   "FILE.py:FUNCTION returns for (input shape, classes); see docs/networks.md"),
     "eps": Setting(by_data(0.1, 0.1, Fraction(2, 255), 0.1), unit,
                    "radius to certify, in pixels of [0, 1]"),
     "eps_train": Setting(None, unit, "radius to train at; default: that of --eps"),
@@ -96,8 +99,12 @@ SETTINGS = {
                     "Zhang et al. 2020 end at 0 or 1, by data set; 0 would make it box"),
     "alpha": Setting(0.1, unit, "mtl-ibp, cc-ibp, exp-ibp: weight of the box against the attack",
                      "here; De Palma et al. 2024 use 0.004 to 0.5, by data set"),
-    "lam": Setting(0.4, positive_unit, "sabr: radius of the small box, in units of eps (lambda)",
+    "lam": Setting(0.4, positive_unit, "sabr, staps: radius of the small box, in units of eps",
                    "Mueller et al. 2023 for MNIST at 0.1; they use 0.1 to 0.7, by data set"),
+    "split": Setting(1, count(1), "taps, staps: ReLUs in the last part of the network, which is "
+                     "attacked instead of bounded", "Mao et al. 2023, mostly; 1 to 6 in CTBench"),
+    "expand": Setting(5.0, positive, "taps, staps: factor of the gradient of the attacked loss",
+                      "Mao et al. 2023; 2 to 5 in their code, by data set"),
     "slope_steps": Setting(3, count(0), "alpha-crown: steps of ascent inside the loss",
                            "here; each costs a bound and its gradient"),
     "kappa": Setting(0.0, unit, "weight of the natural loss; 0: only the bound counts", "here"),
@@ -107,8 +114,12 @@ SETTINGS = {
                           "weight of the regularisers of Shi et al., falling to 0 over the ramp",
                           "Shi"),
     "clip": Setting(10.0, positive, "the largest norm of a gradient", "Shi"),
-    "init": Setting("ibp", ("ibp", "default"),
-                    "initial weights: small, so that no interval explodes, or PyTorch's", "Shi"),
+    "init": Setting("ibp", ("ibp", "default"), "initial weights: small, so that no interval "
+                    "explodes, or PyTorch's; a network of your own keeps its weights", "Shi"),
+    "slope": Setting("adaptive", tuple(SLOPES), "lower slope of an unstable ReLU, where bounds "
+                     "substitute: that of the smaller area; 0; 1; that of the upper line",
+                     "Singh et al. 2019"),
+    "weights": Setting(None, str, "start from a state_dict in this file; default: from --init"),
     "skip_stable": Setting(True, bool,
                            "deeppoly, alpha-crown: back-substitute unstable neurons only",
                            "here: faster, and certifies as much (benchmarks/)"),
@@ -124,7 +135,8 @@ SETTINGS = {
     "test_subset": Setting(None, count(1), "test on the first N test images; default: all"),
     "out": Setting(None, str, "the run folder; default: runs/DATASET-NET-RELAX-OPT"),
     "resume": Setting(None, run_folder, "go on with the run in this folder, from its last "
-                      "checkpoint; only --dataset, --data-dir and --device may be given, too"),
+                      "checkpoint, or for more --epochs; beside these, only --dataset, --data-dir "
+                      "and --device may be given"),
 }
 
 
@@ -140,90 +152,31 @@ def parse_config(argv=None):
         refuse_others(parser, given, "compare")
         return given
     if "resume" in given:
-        refuse_others(parser, given, "resume", "dataset", "data_dir", "device")
+        refuse_others(parser, given, "resume", "dataset", "data_dir", "device", "epochs")
         return given
-    chosen = {name: setting.default for name, setting in SETTINGS.items()} | given
-    recipe = defaults(SETTINGS, dataset_kind(chosen["dataset"]), chosen["opt"])
-    config = recipe | given
-    if "epochs" in given and "ramp" not in given:          # a shorter run keeps the recipe's shape
-        scale = given["epochs"] / recipe["epochs"]
-        config["ramp"] = round(recipe["ramp"] * scale)
-        if "milestones" not in given:
-            config["milestones"] = [max(1, round(m * scale)) for m in recipe["milestones"]]
-    if "eps_train" not in given:
-        config["eps_train"] = config["eps"]
-    if config["opt"] == "grad":
-        config |= dict(samples=1, sigma=0.0)
-    _check_together(config, parser.error)
+    config = complete(given, parser.error)
     warn_without_effect(SETTINGS, given, config)
-    del config["resume"]
     return config
 
 
-def _check_together(config, error):
-    """Settings that are right one by one, but not together."""
-    opt, relax, samples, parts = (config[k] for k in ("opt", "relax", "samples", "parts"))
-    paired = opt == "pgpe" or opt == "rgs" and config["antithetic"]
-    if paired and samples % 2:
-        error(f"argument --samples: {samples} is odd, but {opt} uses antithetic pairs; use "
-              f"{samples + 1}" + ", or --no-antithetic" * (opt == "rgs"))
-    if samples % (2 * parts if opt == "pgpe" else parts):
-        error(f"argument --parts: {opt} cannot use {parts} parts equally often with {samples} "
-              "samples" + ", which are pairs" * (opt == "pgpe"))
-    if config["loss"] == "certified-error" and opt != "pgpe":
-        error("argument --loss: the gradient of certified-error is 0; use --opt pgpe")
-    if config["loss"] == "certified-error" and relax in BASELINES:
-        error(f"argument --loss: {relax} has no certified-error; use a --relax of "
-              + ", ".join(RELAXATIONS))
-    if config["sigma_adapt"] != "fixed" and opt != "pgpe":
-        error("argument --sigma-adapt: only --opt pgpe estimates a gradient of sigma, not "
-              f"--opt {opt}; use fixed")
+def complete(given, error=InputError.raised):
+    """All settings: those given, and the defaults of the rest, which depend on them."""
+    config = with_defaults(SETTINGS, given, dataset_kind(given.get("dataset", "digits")))
+    if "init" not in given and is_file(config["net"]):
+        config["init"] = "default"
+    check_together(config, RELAXATIONS, error)
+    return config
 
 
-# --------------------------------------------------------------------------------------- networks
-
-def build_network(name, input_shape, num_classes, init="ibp", statistics=None):
-    """An eval-mode nn.Sequential: pixels in [0, 1], (B, *input_shape) -> logits (B, num_classes).
-
-    statistics: (mean, std) per channel of the pixels, for a first layer that normalises.
-    init: "ibp", W ~ N(0, 2 pi / fan_in^2) for every affine layer but the last (Shi et al. 2021), or
-    "default", PyTorch's own; biases are PyTorch's. Uses torch's global generator.
-    """
-    for what, value in (("net", name), ("init", init)):
-        if value not in SETTINGS[what].limits:
-            raise InputError(f"{what} {value!r} is none of {', '.join(SETTINGS[what].limits)}")
-    shape, layers = list(input_shape), []
-    if statistics is not None:
-        normalize = nn.BatchNorm2d(shape[0], eps=0.0, affine=False)
-        mean, std = map(torch.tensor, statistics)
-        normalize.running_mean.copy_(mean)
-        normalize.running_var.copy_(std.square())
-        layers.append(normalize)
-    for words in NETWORKS[name].split(", "):
-        kind, *sizes = words.split()
-        sizes = [int(size) for size in sizes]
-        if kind == "flatten":
-            layers.append(nn.Flatten())
-            shape = [math.prod(shape)]
-        elif kind == "linear":
-            layers += [nn.Linear(*shape, *sizes), nn.ReLU()]
-            shape = sizes
-        else:
-            out, kernel, stride, padding = sizes
-            layers.append(nn.Conv2d(shape[0], *sizes))
-            layers += [nn.BatchNorm2d(out), nn.ReLU()] if kind == "conv+bn" else [nn.ReLU()]
-            shape = [out, *((n + 2 * padding - kernel) // stride + 1 for n in shape[1:])]
-            if min(shape) < 1:
-                raise InputError(f"net {name} needs larger images than {tuple(input_shape)}; "
-                                 "try mlp")
-    layers.append(nn.Linear(*shape, num_classes))
-    if init == "ibp":
-        affine = [layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))]
-        for layer in affine[:-1]:
-            fan_in = layer.weight[0].numel()
-            nn.init.normal_(layer.weight, std=math.sqrt(2 * math.pi) / fan_in)
-    return nn.Sequential(*layers).eval()
-
+# -------------------------------------------------------------------------------- the robust loss
+# Of m, lower bounds of the margins in the ball (-m are logits of the worst case), and for baselines
+# of a, the margins at points found by an attack: 8 steps of PGD on net as it is, once for all P
+# (for taps and staps see latent_margins).
+#   box, deeppoly      the bounds of relaxations.py
+#   crown-ibp          beta m + (1 - beta) (m of box), as Zhang et al. 2020 train with it
+#   alpha-crown        the margins by slope_steps steps of ascent, between DeepPoly's bounds of the
+#                      neurons; a gradient holds the slopes found fixed
+#   BASELINES          see each; they are no upper bounds of the worst case
 
 def unflatten(thetas, net):
     """Parameter vectors (P, D) -> {name: (P, ...)}, in the order of net.parameters(). Views."""
@@ -233,30 +186,6 @@ def unflatten(thetas, net):
         start += p.numel()
     return params
 
-
-def update_batchnorm(net, x):
-    """Let BatchNorm see x: its running statistics move, as in any training.
-
-    Bounds always use the running statistics, as constants: no gradient flows through them, and all
-    members of a population share them. (Shi et al. bound with the statistics of the batch.)
-    """
-    norms = [m for m in net if isinstance(m, nn.BatchNorm2d) and m.affine]
-    if norms:
-        for m in norms:
-            m.train()
-        with torch.no_grad():
-            net(x)
-        net.eval()
-
-
-# -------------------------------------------------------------------------------- the robust loss
-# Of m, lower bounds of the margins in the ball (-m are logits of the worst case), and for baselines
-# of a, the margins at points found by an attack: 8 steps of PGD on net as it is, once for all P.
-#   box, deeppoly      the bounds of relaxations.py
-#   crown-ibp          beta m + (1 - beta) (m of box), as Zhang et al. 2020 train with it
-#   alpha-crown        the margins by slope_steps steps of ascent, between DeepPoly's bounds of the
-#                      neurons; a gradient holds the slopes found fixed
-#   ATTACKING          see each; they are no upper bounds of the worst case
 
 def cross_entropy(margins):
     """Of logits that are less than that of the label by margins (..., K): log sum_k exp(-m_k)."""
@@ -282,7 +211,75 @@ def exp_ibp(m, a, alpha):
     return of_box ** alpha * of_attack ** (1 - alpha)
 
 
-ATTACKING = dict(zip(BASELINES, (sabr, mtl_ibp, cc_ibp, exp_ibp)))
+# Mao et al. 2023, "Connecting certified and adversarial training"; a: latent_margins. staps is the
+# same in sabr's box. Of each image: the authors' code multiplies the means of a minibatch.
+def taps(m, a, alpha):
+    return cross_entropy(m) * cross_entropy(a)
+
+
+BASELINES = dict(zip((*ATTACKING, "taps"), (sabr, mtl_ibp, cc_ibp, exp_ibp, taps, taps)))
+
+
+def latent_margins(net, params, bounds, y, classes, split=1, expand=1.0):
+    """Of taps: margin k at a point that an attack found for k in a box inside the network, (P, B,
+    K); the box is where interval arithmetic has the outputs of the last ReLU but split.
+
+    bounds: of all neurons, as preactivation_bounds returns them. A gradient goes, expand times as
+    large, to what is above the box, and through linked to the box and so to what is below.
+    """
+    part, names = last_part(net, split), {p: name for name, p in net.named_parameters()}
+    above = {name: params[names[p]] for name, p in part.named_parameters()}
+    l, u = (F.relu(t).unsqueeze(2) for t in bounds[-1 - split])                  # (P, B, 1, ...)
+
+    def margins(above, points):                                                  # (P, B, K, ...)
+        logits = vmap(lambda p, z: functional_call(part, p, (z,)))(above, points.flatten(1, 2))
+        found = margins_of(logits.unflatten(1, points.shape[1:3]), y[:, None])
+        return found.diagonal(dim1=-2, dim2=-1)
+
+    fixed = {name: t.detach() for name, t in above.items()}
+    points = worst_points(lambda z: margins(fixed, z), l.detach(), u.detach(), classes)
+    low = margins(above, linked(points, l, u))
+    return low.detach() + expand * (low - low.detach())
+
+
+def last_part(net, relus):
+    """What is above all ReLUs but the last so many, as an nn.Sequential of the same layers."""
+    layers = [layer for _, layer in flat_layers(net)]
+    places = [i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
+    if relus >= len(places):
+        raise InputError(f"--split {relus}: with {len(places)} ReLUs in the network, it has to be "
+                         "less than that: taps and staps bound what is below")
+    return nn.Sequential(*layers[places[-1 - relus] + 1:])
+
+
+def worst_points(margins, l, u, classes, steps=8):
+    """Points (P, B, K, ...) of boxes (P, B, 1, ...), the k-th with the least of margins(points),
+    (P, B, K), that PGD met from the centre on (the authors' start at random points)."""
+    centre, own = (l + u) / 2, [1] * (l.dim() - 3)                   # own: axes of a point
+    z = centre.expand(-1, -1, classes, *l.shape[3:])
+    best, least = z, z.new_full(z.shape[:3], torch.inf)
+    for step in range(steps + 1):
+        z = z.clamp(l, u).detach().requires_grad_()
+        with torch.enable_grad():
+            found = margins(z)
+        better = found.detach() < least
+        least = torch.where(better, found.detach(), least)
+        best = torch.where(better.view(*better.shape, *own), z.detach(), best)
+        if step < steps:
+            slopes = torch.autograd.grad(found.sum(), z)[0]
+            z = z - max(0.2, 2 / steps) * (u - l) * slopes.sign()
+    return best
+
+
+def linked(points, l, u, c=0.5):
+    """points in [l, u], which from here on move with the ends that they are near (the rectified
+    linear connector): d point / d u = relu(1 - (u - point) / (c (u - l))), and likewise d l."""
+    slack = c * (u - l).detach()
+
+    def motion(end):
+        share = F.relu(1 - (points - end.detach()).abs() / slack)
+        return torch.where(slack > 1e-5, share, 0.5) * (end - end.detach())
+    return points + motion(l) + motion(u)
 
 
 def regularizers(bounds, radius, total=lambda t: t):
@@ -318,8 +315,9 @@ def regularizers(bounds, radius, total=lambda t: t):
 def input_radius(net, x, eps, total=lambda t: t):
     """Mean radius of the input boxes, in units of what the first layer that learns sees."""
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    if isinstance(net[0], nn.BatchNorm2d):                                          # normalisation
-        low, high = net[0](low), net[0](high)
+    _, first = next(flat_layers(net))
+    if isinstance(first, nn.BatchNorm2d):                                           # normalisation
+        low, high = first(low), first(high)
     widths = (high - low).abs().flatten(1).mean(1)
     images = torch.ones_like(widths)
     width, n = total(torch.stack([widths.sum(), images.sum()]))
@@ -333,9 +331,8 @@ def small_box(x, points, eps, lam):
 
 
 def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa=0.0, l1=0.0,
-                regularize=0.0, skip_stable=False, beta=1.0, alpha=SETTINGS["alpha"].default,
-                lam=SETTINGS["lam"].default, slope_steps=SETTINGS["slope_steps"].default,
-                certified=None, weight=1.0, total=lambda t: t):
+                regularize=0.0, skip_stable=False, slope="adaptive", beta=1.0, alpha=0.1, lam=0.4,
+                split=1, expand=5.0, slope_steps=3, certified=None, weight=1.0, total=lambda t: t):
     """The loss of a minibatch as a function (P, D) -> (P,) of parameter vectors, for gls.py.
 
         (1 - kappa) E[CE(-m, y)] + kappa E[CE(logits, y)] + l1 |weights|_1 + regularize * (...)
@@ -348,16 +345,18 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     center, radius = x, eps
     if relax in ATTACKING:
         points = attack(net, x, y, eps, steps=8, restarts=1)
-    if relax == "sabr":
+    if relax in ("sabr", "staps"):
         center, radius = small_box(x, points, eps, lam)
-    outputs = "box" if relax in ATTACKING else relax
+    outputs = "box" if relax in BASELINES else relax
     neurons = "deeppoly" if relax == "alpha-crown" else outputs
+    bounds_of = partial(preactivation_bounds, slope=slope, skip_stable=skip_stable)
+    margins_by = partial(margin_lower_bounds, slope=slope, steps=slope_steps)
 
     def losses(thetas):
         params = unflatten(thetas, net)
-        bounds = preactivation_bounds(net, center, radius, neurons, params, skip_stable=skip_stable)
-        margins = lambda relax: margin_lower_bounds(net, center, y, radius, relax, params,
-                                                    intermediate=bounds, steps=slope_steps)
+        bounds = bounds_of(net, center, radius, neurons, params)
+        margins = lambda relax: margins_by(net, center, y, radius, relax, params,
+                                           intermediate=bounds)
         logits = lambda x: vmap(lambda p: functional_call(net, p, (x,)))(params)    # (P, B, K)
         m = margins(outputs)                                                        # (P, B, K)
         if relax == "crown-ibp" and beta < 1:
@@ -367,21 +366,29 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
             certified.append(weight * is_certified.float().mean())
         if loss == "certified-error":
             value = 1 - is_certified.to(m.dtype)
+        elif relax in ("taps", "staps"):
+            a = latent_margins(net, params, bounds, y, m.shape[-1], split, expand)
+            value = taps(m, a, alpha)
         elif relax in ATTACKING:
-            value = ATTACKING[relax](m, margins_of(logits(points), y), alpha)
+            value = BASELINES[relax](m, margins_of(logits(points), y), alpha)
         else:
             value = cross_entropy(m)
         value = weight * (1 - kappa) * value.mean(-1)
         if kappa:
             value = value + weight * kappa * vmap(F.cross_entropy, (0, None))(logits(x), y)
         if l1:
-            weights = [w for w in params.values() if w.dim() > 2]                   # no biases
-            value = value + l1 * sum(w.abs().flatten(1).sum(1) for w in weights)
+            value = value + l1 * size_of_weights(params)
         if regularize and bounds:
             width = input_radius(net, center, radius, total)
             value = value + regularize * regularizers(bounds, width, total)
         return value
     return losses
+
+
+def size_of_weights(params):
+    """The sum of the absolute weights, without biases: (P,)."""
+    weights = [w for w in params.values() if w.dim() > 2]
+    return sum(w.abs().flatten(1).sum(1) for w in weights)
 
 
 # ------------------------------------------------------------------------- attack and evaluation
@@ -418,7 +425,7 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
         return x.new_zeros(0)
     low = torch.cat([margin_lower_bounds(net, a, b, eps, relax, **options)
                      for a, b in zip(x.split(batch), y.split(batch))])
-    bound, scale = smallest(low, y), low.abs().amax(-1).clamp(min=1)
+    bound, scale = smallest(low, y), low.abs().amax(-1).clamp(min=unit_of(net))
     close = bound.abs() < CLOSE * scale
     if close.any() and x.dtype != torch.float64:
         again = certified_margin(*in_float64(net, x[close], y[close]), eps, relax, batch, **options)
@@ -426,44 +433,61 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
     return bound
 
 
-def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
-    """Projected gradient descent (PGD, Madry et al. 2018) on the margin, with restarts.
+def descend(net, x, y, eps, steps, target=None, start=None):
+    """Projected gradient descent (PGD, Madry et al. 2018) on the smallest margin, from x; or on
+    that to the class target (B,), from so far between the ends of the ball, start in [0, 1].
 
-    Returns the worst points found, (B, ...), exactly inside the ball. Restart 0 lowers the smallest
-    margin; restart r > 0 lowers the margin to the r-th runner-up class, from a random start, which
-    is the same for all samples: what is found for one does not depend on the others.
+    Returns the worst points on the way, (B, ...), exactly inside the ball, and their margins (B,).
     """
     low, high = ball(x, eps)
+    z = x if start is None else low + (high - low) * start
+    best, best_margin = x.clone(), x.new_full([len(x)], torch.inf)
+    for k in range(steps + 1):
+        z = z.detach().clamp(low, high).requires_grad_()
+        margins = margins_of(net(z), y)
+        worst = smallest(margins, y)
+        better = worst.detach() < best_margin
+        best_margin = torch.where(better, worst.detach(), best_margin)
+        best[better] = z.detach()[better]
+        if k < steps:
+            goal = worst if target is None else margins.gather(1, target[:, None])
+            step = eps * (0.25 if k < steps / 2 else 0.1 if k < 3 * steps / 4 else 0.02)
+            z = z - step * torch.autograd.grad(goal.sum(), z)[0].sign()
+    return best, best_margin
+
+
+def restarts_of(net, x, y, restarts, seed):
+    """(target, start) of so many descents: the first lowers the smallest margin, r > 0 that to the
+    r-th runner-up class, from a random start, the same for all samples: what is found for one does
+    not depend on the others."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         logits = torch.cat([net(part) for part in x.split(500)])
-        ranking = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
-    runners_up = ranking[:, :-1]                                       # without y, which is last
-    best, best_margin = x.clone(), x.new_full([len(x)], torch.inf)
-    for r in range(restarts):
+    ranking = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
+    for r in range(restarts):                              # y is last in the ranking
         start = torch.rand(x.shape[1:], generator=generator).to(x)
-        z = low + (high - low) * start if r else x
-        target = runners_up[:, (r - 1) % runners_up.shape[1], None]
-        for k in range(steps + 1):
-            z = z.detach().clamp(low, high).requires_grad_()
-            margins = margins_of(net(z), y)
-            worst = smallest(margins, y)
-            better = worst.detach() < best_margin
-            best_margin = torch.where(better, worst.detach(), best_margin)
-            best[better] = z.detach()[better]
-            if k < steps:
-                goal = margins.gather(1, target) if r else worst
-                step = eps * (0.25 if k < steps / 2 else 0.1 if k < 3 * steps / 4 else 0.02)
-                z = z - step * torch.autograd.grad(goal.sum(), z)[0].sign()
+        yield (ranking[:, (r - 1) % (ranking.shape[1] - 1)], start) if r else (None, None)
+
+
+def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
+    """The worst points that so many descents find, (B, ...), exactly inside the ball."""
+    best, lowest = x.clone(), x.new_full([len(x)], torch.inf)
+    for target, start in restarts_of(net, x, y, restarts, seed):
+        points, margins = descend(net, x, y, eps, steps, target, start)
+        better = margins < lowest
+        best[better], lowest = points[better], torch.where(better, margins, lowest)
     return best
 
 
-def evaluate(net, x, y, eps, batch=500, progress=lambda line: None):
+def evaluate(net, x, y, eps, batch=500, progress=lambda line: None, slope="adaptive"):
     """Which samples are correct, survive the attack, and are certified: {name: (n,) bool}.
 
-    "best" is certified by any of the three relaxations. Raises AssertionError if a certified
-    sample was attacked: then a bound is wrong, and no number can be trusted.
+    "best" is certified by any of the three relaxations. Raises ValueError for what the bounds
+    refuse, and AssertionError if a certified sample was attacked: then a bound is wrong, and no
+    number can be trusted.
     """
+    check_whole(1, batch=batch)
+    y = check_problem(net, x, y, eps, margin_lower_bounds, preactivation_bounds)
     result = {"natural": forward_margin(net, x, y).cpu() > 0}
     progress("attacking")
     attacked = [forward_margin(net, attack(net, a, b, eps), b).cpu()
@@ -471,7 +495,8 @@ def evaluate(net, x, y, eps, batch=500, progress=lambda line: None):
     result["attack"] = result["natural"] & (torch.cat(attacked) > 0)
     for relax in CERTIFY:
         progress(f"bounding by {relax}")
-        result[relax] = certified_margin(net, x, y, eps, relax, **CERTIFY[relax]).cpu() > 0
+        bound = certified_margin(net, x, y, eps, relax, slope=slope, **CERTIFY[relax])
+        result[relax] = bound.cpu() > 0
     result["best"] = torch.stack([result[r] for r in CERTIFY]).any(0)
     wrong = (result["best"] & ~result["attack"]).nonzero().flatten().tolist()
     if wrong:
@@ -530,10 +555,12 @@ def losses_of_step(net, x, y, eps, config, certified=None):
     """robust_loss of each part of a minibatch (of all, if its images are fewer), whose average is
     its loss, by the settings in config; what depends on the ramp goes by eps / eps_train."""
     full = eps / config["eps_train"] if config["eps_train"] else 1.0
-    options = {k: config[k] for k in ("relax", "loss", "kappa", "l1", "skip_stable", "alpha", "lam",
-                                      "slope_steps")}
+    options = {k: config[k] for k in ("loss", "kappa", "l1", "skip_stable", "slope", "alpha", "lam",
+                                      "split", "expand", "slope_steps")}
     options |= dict(regularize=config["regularize"] * (1 - full), certified=certified,
-                    beta=1 + (config["beta"] - 1) * full)
+                    beta=1 + (config["beta"] - 1) * full, relax=config["relax"])
+    if full < 1 - 1e-9:                                  # in the ramp, as the authors' code does it
+        options["relax"] = dict(taps="box", staps="sabr").get(config["relax"], config["relax"])
     parts = parts_of(x, y, config.get("parts", 1), shared=not samples_are_shared(config))
     return [robust_loss(net, *images, eps, **options, **count) for *images, count in parts]
 
@@ -541,7 +568,8 @@ def losses_of_step(net, x, y, eps, config, certified=None):
 def why_not_finite(net, x, eps, config, grad):
     relax = config["relax"] if config["relax"] in RELAXATIONS else "box"
     with torch.no_grad():
-        bounds = preactivation_bounds(net, x, eps, relax, skip_stable=config["skip_stable"])
+        bounds = preactivation_bounds(net, x, eps, relax, skip_stable=config["skip_stable"],
+                                      slope=config["slope"])
     return first_not_finite(net, bounds, unflatten(grad[None], net))
 
 
@@ -615,6 +643,26 @@ def train(net, x, y, config, device, folder, show=print, training=None, *, secon
     return now["rows"]
 
 
+def fit(net, x, y, device="auto", show=None, **settings):
+    """Train a network of your own, in place, from its weights on; returns the rows of log.csv.
+
+    net: an nn.Sequential of LAYERS.  x: (n, ...) float32 in [0, 1]; y: (n,) labels.  settings: any
+    of SETTINGS that is about training, such as eps=0.1, relax="box", opt="grad", epochs=20; the
+    others are those of --dataset PATH.npz.  show(line) is called once a step.
+    Writes nothing, sets no signal handler, and runs in any thread. Raises ValueError.
+    """
+    given = checked(SETTINGS, settings, "dataset net data_dir subset validation test_subset weights "
+                    "normalize out resume".split())
+    config = complete(given | dict(dataset="own.npz"))
+    device, net = pick_device(device), net.eval()
+    logits, = read_network(net, x.shape[1:]).shapes[-1]
+    config |= dict(input_shape=list(x.shape[1:]), classes=logits, device=str(device))
+    if settings.get("init") == "ibp":
+        ibp_init(net)
+    config["members"] = members_of_each(net, config)
+    return train(net.to(device), x, y, config, device, None, show or Progress())
+
+
 # ------------------------------------------------------------------------------------------- main
 
 def load_run(folder):
@@ -623,8 +671,7 @@ def load_run(folder):
 
 
 def network_of(config):
-    architecture = (config[k] for k in ("net", "input_shape", "classes", "init", "statistics"))
-    return build_network(*architecture)
+    return from_config(config, LAYERS)
 
 
 def new_run(config, data, device):
@@ -632,7 +679,11 @@ def new_run(config, data, device):
     config = config | circumstances(data, config, device)
     config["statistics"] = statistics_of(data, config)
     torch.manual_seed(config["seed"])
-    net = network_of(config)
+    net = new_network(config, LAYERS, read_network)
+    if config["weights"]:
+        read_weights(Path(config["weights"]), net)
+    if "taps" in config["relax"]:
+        last_part(net, config["split"])                                  # or one line says why not
     config["members"] = members_of_each(net, config)
     return net, config
 
@@ -646,7 +697,8 @@ def main(argv=None):
         if resumed:
             stack.enter_context(locked(resumed))
             net, saved, training = load_run(resumed)
-            config = saved | dict(out=str(resumed)) | config       # --data-dir, --device may differ
+            since = with_defaults(SETTINGS, saved, dataset_kind(saved["dataset"]))
+            config = since | dict(out=str(resumed)) | config           # what may be given again
         device = pick_device(config["device"].split(":")[0])
         stack.enter_context(process_group(device))
         data = hold_out(data_of_run(config), config["validation"])
@@ -654,7 +706,8 @@ def main(argv=None):
             net, config = new_run(config, data, device)
             stack.enter_context(new_folder(config, net, SETTINGS))
         else:
-            check_unchanged(data, config)
+            check_unchanged(data, config | dict(epochs=saved["epochs"]))
+            lengthen(resumed, net, saved, config, training)
         show = stack.enter_context(Progress())
         train_and_show(net.to(device), config, training, data, device, show)
 
@@ -674,7 +727,7 @@ def train_and_show(net, config, training, data, device, show):
         show_training(rows, config, show)
     n = config["test_subset"]
     x, y = data.x_test[:n].to(device), data.y_test[:n].to(device)
-    result = evaluate(net, x, y, config["eps"], progress=show)
+    result = evaluate(net, x, y, config["eps"], progress=show, slope=config["slope"])
     write_evaluation(config["out"], result, config)
     show.done(f"{len(x)} test images, eps {config['eps']:.4g}:")
     print("\n".join(table(result)))

@@ -17,10 +17,10 @@ import torch
 import torch.nn as nn
 
 import common                                       # first: it puts the checkout on the path
-from certify import ROUNDING, ContradictionError, certify
+from certify import ContradictionError, certify
 from relaxations import RELAXATIONS, margin_lower_bounds, preactivation_bounds
 from plumbing.console import Progress, count, duration, run
-from plumbing.rounding import in_float64
+from plumbing.rounding import ROUNDING, in_float64
 from train import attack, forward_margin
 
 CORNERS = 20          # random corners tried in each ball, and as many points inside

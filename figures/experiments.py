@@ -46,6 +46,7 @@ RESULTS, RUNS = ROOT / "results", ROOT / "runs" / "experiments"
 
 GRID = [(r, opt) for r in ("box", "crown-ibp", "deeppoly") for opt in ("grad", "rgs", "pgpe")]
 BASELINES = [(r, opt) for r in ("sabr", "mtl-ibp") for opt in ("grad", "rgs")]
+TAPS = [(r, opt) for opt in ("grad", "rgs") for r in ("staps", "taps")]
 
 SPACE = {   # what tuning draws from; the keys are options of train.py
     "lr": (0.003, 0.01, 0.03),
@@ -53,7 +54,7 @@ SPACE = {   # what tuning draws from; the keys are options of train.py
     "l1": (0.0, 1e-5, 1e-4),
     "sigma": (0.003, 0.01, 0.03),                            # rgs, pgpe
     "alpha": (0.03, 0.1, 0.3),                               # mtl-ibp
-    "lam": (0.2, 0.4, 0.7),                                  # sabr
+    "lam": (0.2, 0.4, 0.7),                                  # sabr, staps
 }
 
 TRIES = [   # or tries that are the same for all methods; keys as above
@@ -148,6 +149,15 @@ TABLES = {
         sweeps={"sigma": ((0.003, 0.01, 0.03), [("box", "rgs"), ("deeppoly", "rgs")])}),
 }
 
+DIGITS = TABLES["digits"] | dict(sweeps={})
+DEEPZ = {"slope": "parallel", "no-skip-stable": ()}
+TABLES |= {   # the table of the digits, with what came later; tuned alike
+    "digits-taps": DIGITS | dict(methods=TAPS),
+    "digits-deepz": DIGITS | dict(methods=[("deeppoly", opt) for opt in ("grad", "rgs", "pgpe")],
+                                  common=DIGITS["common"] | DEEPZ),
+    "digits-long-taps": TABLES["digits-long"] | dict(methods=TAPS, sweeps={}),
+}
+
 
 def settings(method, draw, eps):
     """Options of train.py for one method from a draw of SPACE."""
@@ -159,7 +169,7 @@ def settings(method, draw, eps):
         chosen["sigma"] = draw["sigma"]
     if relax == "mtl-ibp":
         chosen["alpha"] = draw["alpha"]
-    if relax == "sabr":
+    if relax in ("sabr", "staps"):
         chosen["lam"] = draw["lam"]
     return chosen
 

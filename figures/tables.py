@@ -22,6 +22,7 @@ from plumbing.runs import LOG
 
 NAME = {"box": "box (IBP)", "crown-ibp": "CROWN-IBP", "deeppoly": "DeepPoly",
         "alpha-crown": "alpha-CROWN", "sabr": "SABR", "mtl-ibp": "MTL-IBP",
+        "staps": "STAPS", "taps": "TAPS",
         "grad": "grad", "rgs": "RGS", "pgpe": "PGPE"}
 CLAIMS = [  # (relax, opt) against (relax, opt)
     (("deeppoly", "grad"), ("box", "grad")), (("crown-ibp", "grad"), ("box", "grad")),
@@ -73,6 +74,7 @@ def results_table(name):
 
 
 TITLE = {"digits": "digits", "digits-long": "digits, longer",
+         "digits-taps": "digits", "digits-long-taps": "digits, longer",
          "mnist-small-0.1": "MNIST, 0.1, small", "mnist-cnn3-0.1": "MNIST, 0.1",
          "mnist-cnn3-0.3": "MNIST, 0.3",
          "cifar10-cnn3": "CIFAR-10, 2/255"}

@@ -18,6 +18,11 @@ class InputError(ValueError, argparse.ArgumentTypeError):
     class makes argparse show it as it is, after the name of the option.)"""
 
 
+    @classmethod
+    def raised(cls, message):
+        raise cls(message)
+
+
 class Interrupted(Exception):
     """A signal asked to stop; everything is saved. args: its number, and how to go on."""
 
@@ -86,6 +91,23 @@ def defaults(settings, *keys):
     return values
 
 
+def with_defaults(settings, given, kind):
+    """All settings of train.py: those given, and the defaults of the rest for this kind of data."""
+    recipe = defaults(settings, kind, given.get("opt", settings["opt"].default))
+    config = recipe | given
+    del config["resume"]
+    if "epochs" in given and "ramp" not in given:          # a shorter run keeps the recipe's shape
+        scale = given["epochs"] / recipe["epochs"]
+        config["ramp"] = round(recipe["ramp"] * scale)
+        if "milestones" not in given:
+            config["milestones"] = [max(1, round(m * scale)) for m in recipe["milestones"]]
+    if config["eps_train"] is None:
+        config["eps_train"] = config["eps"]
+    if config["opt"] == "grad":
+        config |= dict(samples=1, sigma=0.0)
+    return config
+
+
 def shown(default):
     """A default as the help shows it: "0.1 (digits), 2/255 (cifar10)"."""
     if isinstance(default, dict):
@@ -95,6 +117,46 @@ def shown(default):
     if isinstance(default, list):
         return " ".join(map(shown, default))
     return "" if default is None else str(default)
+
+
+def checked(settings, given, but=()):
+    """Settings given in Python, of {name: Setting} without some, with the limits of the command
+    line. Raises InputError."""
+    values = {}
+    for name, value in given.items():
+        if name not in settings or name in but:
+            known = ", ".join(key for key in settings if key not in but)
+            raise InputError(f"{name} is no setting here; known are {known}")
+        limits = settings[name].limits
+        if isinstance(limits, tuple) or limits is bool:
+            if value not in (limits if limits is not bool else (False, True)):
+                raise InputError(f"{name}={value!r} has to be one of {limits}")
+            values[name] = value
+        elif isinstance(limits, list):
+            values[name] = [limits[0](str(each)) for each in value]
+        else:
+            values[name] = limits(str(value))
+    return values
+
+
+def check_together(config, relaxations, error):
+    """Settings that are right one by one, but not together."""
+    opt, relax, samples, parts = (config[k] for k in ("opt", "relax", "samples", "parts"))
+    paired = opt == "pgpe" or opt == "rgs" and config["antithetic"]
+    if paired and samples % 2:
+        error(f"argument --samples: {samples} is odd, but {opt} uses antithetic pairs; use "
+              f"{samples + 1}" + ", or --no-antithetic" * (opt == "rgs"))
+    if samples % (2 * parts if opt == "pgpe" else parts):
+        error(f"argument --parts: {opt} cannot use {parts} parts equally often with {samples} "
+              "samples" + ", which are pairs" * (opt == "pgpe"))
+    if config["loss"] == "certified-error" and opt != "pgpe":
+        error("argument --loss: the gradient of certified-error is 0; use --opt pgpe")
+    if config["loss"] == "certified-error" and relax not in relaxations:
+        error(f"argument --loss: {relax} has no certified-error; use a --relax of "
+              + ", ".join(relaxations))
+    if config["sigma_adapt"] != "fixed" and opt != "pgpe":
+        error("argument --sigma-adapt: only --opt pgpe estimates a gradient of sigma, not "
+              f"--opt {opt}; use fixed")
 
 
 def warn_without_effect(settings, given, config):
@@ -210,15 +272,16 @@ def header(config, data, net):
 def show_training(rows, config, show):
     """The end of the log in one line, and a warning if nothing was learnt."""
     last, classes = rows[-1], config["classes"]
-    guessing = math.log(classes)
+    power = 2 if "taps" in config["relax"] else 1             # its loss is a product of two
+    guessing = math.log(classes) ** power
     show.done(f"trained {len(rows)} epochs in {duration(last['seconds'])}: loss "
               f"{last['loss']:.4f}, {100 * last['certified']:.1f} % certified in training")
     if config["ramp"] < config["epochs"] and last["loss"] > 0.98 * guessing:
         more = last["loss"] / guessing - 1
         what = "about that" if more < 0.05 else f"{100 * more:.0f} % above that" if more < 1 else \
             f"{more + 1:.3g} times that"
-        warn(f"the loss, {last['loss']:.4g}, is {what} of guessing, ln {classes} = {guessing:.3f}; "
-             "try a longer --ramp, a smaller --eps-train or --lr, or --relax box")
+        warn(f"the loss, {last['loss']:.4g}, is {what} of guessing {classes} classes, "
+             f"{guessing:.3f}; try a longer --ramp, a smaller --eps-train or --lr, or --relax box")
 
 
 TITLES = {"natural": "natural accuracy", "attack": "under attack (PGD)",

@@ -1,4 +1,5 @@
-"""What the tests share: command lines in this process, small fake data files, damaged ones."""
+"""What the tests share: networks to bound, command lines in this process, small fake data files,
+damaged ones."""
 import gzip
 import io
 import os
@@ -7,10 +8,80 @@ import tarfile
 
 import numpy as np
 import torch
+import torch.nn as nn
 
 import train
 from plumbing.console import InputError, run
 from plumbing.data import CIFAR_FILE, CIFAR_PYTHON, MNIST_FILES
+
+
+def random_bn(channels, kind=nn.BatchNorm2d):
+    bn = kind(channels)
+    bn.running_mean.uniform_(-0.5, 0.5)
+    bn.running_var.uniform_(0.3, 2.0)
+    nn.init.uniform_(bn.weight, -1.5, 1.5)
+    nn.init.uniform_(bn.bias, -0.5, 0.5)
+    return bn
+
+
+NETS = {
+    "mlp": lambda: ((6,), [
+        nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 4)]),
+    "windows": lambda: ((1, 9, 8), [                   # convolutions over convolutions, odd sizes
+        nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 3, (2, 3), stride=(1, 2)), nn.ReLU(),
+        nn.Conv2d(3, 2, 2, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)]),
+    "strides": lambda: ((2, 11, 9), [                  # strides that leave a rest, dilation, groups
+        nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.ReLU(),
+        nn.Conv2d(4, 4, 2, stride=2, dilation=(2, 1), padding=(1, 0), groups=4), nn.ReLU(),
+        nn.Conv2d(4, 3, 1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5), nn.ReLU(),
+        nn.LazyLinear(3)]),
+    "outgrown": lambda: ((1, 5, 5), [                  # kernels larger than the map
+        nn.Conv2d(1, 2, 5, padding=2), nn.ReLU(), nn.Conv2d(2, 2, 5, padding=2), nn.ReLU(),
+        nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)]),
+    "batchnorm": lambda: ((2, 6, 7), [                 # in every place; two affine layers in a row
+        random_bn(2), nn.Conv2d(2, 3, 3, padding=1), random_bn(3), nn.ReLU(), random_bn(3),
+        nn.Conv2d(3, 2, 3, padding=1), nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.LazyLinear(4), nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(3)]),
+    "others": lambda: ((1, 6, 6), [                    # nested, and all that only the heart reads
+        nn.Conv2d(1, 2, 3, padding=1), nn.AvgPool2d(2), nn.ReLU(),
+        nn.Sequential(nn.ConvTranspose2d(2, 2, 3, stride=2), nn.Identity(), nn.ReLU()),
+        nn.Upsample((5, 6), mode="bilinear"), nn.ZeroPad2d((1, 0, 0, 2)), nn.Dropout(),
+        nn.Conv2d(2, 2, 3, stride=2, padding=1, padding_mode="circular"), nn.ReLU(), nn.Flatten(),
+        nn.LazyLinear(5), random_bn(5, nn.BatchNorm1d), nn.ReLU(), nn.LazyLinear(3)]),
+    "signals": lambda: ((2, 7), [                      # one dimension
+        nn.Conv1d(2, 3, 3, padding="same"), random_bn(3, nn.BatchNorm1d), nn.ReLU(),
+        nn.AvgPool1d(2), nn.Unflatten(2, (3, 1)), nn.Flatten(2), nn.Conv1d(3, 2, 2), nn.ReLU(),
+        nn.Flatten(), nn.LazyLinear(3)]),
+    "relus": lambda: ((2, 4, 4), [                     # first, last, twice, after Flatten
+        nn.ReLU(), nn.Conv2d(2, 2, 2, padding="same", dilation=2), nn.Flatten(), nn.ReLU(),
+        nn.ReLU(), nn.LazyLinear(6), nn.ReLU(), nn.LazyLinear(3), nn.ReLU()]),
+}
+
+
+def make(name, seed=0, dtype=torch.float64, batch=3):
+    """A random network of the list above, images with pixels at both ends of [0, 1], and labels."""
+    torch.manual_seed(seed)
+    shape, layers = NETS[name]()
+    net = nn.Sequential(*layers).eval()
+    net(torch.zeros(1, *shape))                        # sets the sizes of lazy layers
+    net = net.to(dtype)
+    for p in net.parameters():
+        if p.dim() > 1:
+            p.data.mul_(1.5)
+    x = (1.4 * torch.rand(batch, *shape, dtype=dtype) - 0.2).clamp(0, 1)
+    return net, x, net(x).argmax(1)
+
+
+def true_margins(net, x, y):
+    logits = net(x)
+    return logits.gather(1, y[:, None]) - logits
+
+
+def in_ball(x, eps, n, generator):
+    """n points of the ball around each x: half of them corners. (n, B, ...)"""
+    u = 2 * torch.rand(n, *x.shape, dtype=x.dtype, generator=generator) - 1
+    u[::2] = u[::2].sign()
+    return (x + eps * u).clamp(0, 1)
 
 
 def idx(images, magic):

@@ -88,10 +88,10 @@ def members_at_once(net, config):
         return most
     x, neurons = torch.zeros(1, *config["input_shape"]), 0
     with torch.no_grad():
-        for layer in net:
+        for layer in net.modules():
             if isinstance(layer, torch.nn.ReLU):
                 neurons += x.numel()
-            x = layer(x)
+            x = x if isinstance(layer, torch.nn.Sequential) else layer(x)
     substituted = config["relax"] in ("crown-ibp", "deeppoly", "alpha-crown")
     limit = 2 ** 19 if substituted else 2 ** 21
     limit = limit * config["parts"] // (config["batch_size"] * max(1, neurons))

@@ -1,7 +1,10 @@
 """Where rounding could decide: balls that are exact as floating-point numbers, and float64."""
+import math
 from copy import deepcopy
 
 import torch
+
+ROUNDING = 1e-6       # of float64 bounds of margins, in units of the network's: below it, a tie
 
 
 def ball(x, eps):
@@ -27,6 +30,18 @@ def in_float64(net, *tensors):
         dtype = torch.float64 if t.is_floating_point() else t.dtype
         copies.append(t.to(device, dtype))
     return copies
+
+
+def unit_of(net):
+    """The unit of the network's margins: about the largest weight of its last layer that has any.
+
+    Constants that margins and the steps of multipliers are compared with count in it: so a factor
+    of that layer, which changes no prediction, does not change the search either. A power of two:
+    dividing by it and multiplying again is exact.
+    """
+    weights = [m.weight for m in net.modules() if getattr(m, "weight", None) is not None]
+    largest = weights[-1].abs().max().item() if weights else 1.0
+    return 2.0 ** round(math.log2(largest)) if 0 < largest < math.inf else 1.0
 
 
 def check_finite(value, norm, where, explain):

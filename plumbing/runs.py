@@ -8,10 +8,11 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -25,6 +26,7 @@ import torch
 
 from plumbing.console import InputError, Interrupted, defaults, duration, warn
 from plumbing.data import check_zip, dataset_kind, hold_out, load_dataset
+from plumbing.networks import is_file
 from plumbing.processes import any_process, check_agreement, from_first, ranks
 from plumbing.timing import time_left
 
@@ -178,6 +180,17 @@ def checksum(*tensors):
     return value
 
 
+def lengthen(folder, net, saved, config, training):
+    """A run that gets more epochs, at the learning rate and radius of its end, keeps them."""
+    if config["epochs"] < saved["epochs"]:
+        raise InputError(f"--epochs {config['epochs']}: {folder} has {saved['epochs']} already; "
+                         "a run can only become longer")
+    if config["epochs"] > saved["epochs"] and ranks()[0] == 0:
+        longer = saved | dict(epochs=config["epochs"])
+        save_checkpoint(folder, net, longer, training)
+        write_config(folder, longer)
+
+
 # ------------------------------------------------------------------------------------------ locks
 
 def claim(handle, path):
@@ -216,7 +229,7 @@ def new_folder(config, net, settings=MappingProxyType({})):
         config["out"] = from_first(None)
         yield
         return
-    what = Path(config["dataset"]).stem, config["net"], config["relax"], config["opt"]
+    what = *(Path(config[k]).stem for k in ("dataset", "net")), config["relax"], config["opt"]
     name = "-".join([*what, *told_apart(config, settings)])
     folder = _create(Path(config["out"])) if config["out"] else _create_first(name)
     with locked(folder):
@@ -230,8 +243,8 @@ def new_folder(config, net, settings=MappingProxyType({})):
 
 # Settings that no name of a folder tells: those it has anyway, and those of size, place and speed.
 UNTOLD = {"dataset", "net", "relax", "opt", "epochs", "ramp", "milestones", "members",
-          "skip_stable", "device", "data_dir", "subset", "validation", "test_subset", "out",
-          "resume"}
+          "skip_stable", "weights", "device", "data_dir", "subset", "validation", "test_subset",
+          "out", "resume"}
 
 
 def told_apart(config, settings):
@@ -240,6 +253,8 @@ def told_apart(config, settings):
         return []
     usual = defaults(settings, dataset_kind(config["dataset"]), config["opt"])
     usual["eps_train"] = config["eps"]
+    if is_file(config["net"]):
+        usual["init"] = "default"
     words = []
     for name in settings:
         value = config.get(name, usual[name])
@@ -287,8 +302,8 @@ LOG = {  # the columns of log.csv, one line per epoch; averages are over its bat
     "sigma": "standard deviation of the weight noise (its mean, if per parameter); 0 for grad",
     "loss": "average robust loss, regularisers included (at the perturbed weights, if smoothed)",
     "certified": "fraction of training images certified at that eps by the training relaxation "
-                 "(at the perturbed weights, if smoothed; for sabr in its small box only, which is "
-                 "no certificate)",
+                 "(at the perturbed weights, if smoothed; for sabr and staps in a small box only, "
+                 "which is no certificate; for other baselines by box)",
     "gradient": "average norm of the gradient estimate, before clipping",
     "seconds": "of training so far, without the time between an interrupt and its --resume",
     "samples_per_s": "training images per second in this epoch",
@@ -326,7 +341,7 @@ def progress_line(now, epoch, step, steps, config, eps, numbers, left):
 @contextmanager
 def requests_to_stop():
     """A list that SIGINT and SIGTERM append to, instead of ending the process; the second ends it.
-    """
+    Only the main thread hears of them."""
     def note(number, _):
         if requests:
             raise KeyboardInterrupt
@@ -335,6 +350,9 @@ def requests_to_stop():
             os.write(2, b"\nfinishing this batch; once more ends at once\n")
 
     requests = []
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requests
@@ -349,17 +367,18 @@ def recording(folder, net, config, now, n, show, lengths, **generators):
     counts, shows, logs, saves, and stops.
 
     net, now (see at_start) and generators, which are the optimiser and the generators, are what is
-    saved: after each epoch over n images, every SAVE_EVERY seconds, and before it stops. That is
-    once a signal has asked any of many processes to, and by raising Interrupted in all; the first
-    of them saves. lengths: of all steps, see time_left. epoch and step count from 0; numbers: (3,),
-    the loss, the certified fraction and the gradient norm of so many images.
+    saved in folder, if there is one: after each epoch over n images, every SAVE_EVERY seconds, and
+    before it stops. That is once a signal has asked any of many processes to, and by raising
+    Interrupted in all; the first of them saves. lengths: of all steps, see time_left. epoch and
+    step count from 0; numbers: (3,), the loss, the certified fraction and the gradient norm of so
+    many images.
     """
     size, begun, saved = config["batch_size"], time.time() - now["seconds"], time.time()
     steps, how = -(-n // size), f"python train.py --resume {folder}"
     left = time_left(lengths, now["done"])
 
     def save():
-        if ranks()[0] == 0:
+        if ranks()[0] == 0 and folder:
             state = {k: v.get_state() if isinstance(v, torch.Generator) else v.state_dict()
                      for k, v in generators.items()}
             write_log(folder, now["rows"])
@@ -387,7 +406,7 @@ def recording(folder, net, config, now, n, show, lengths, **generators):
             number = requests[0] if requests else signal.SIGTERM
             raise Interrupted(number, f"{how} goes on after epoch {epoch + 1}, batch {step + 1}")
 
-    with requests_to_stop() as requests:
+    with requests_to_stop() if folder else nullcontext([]) as requests:
         yield record
     if requests:                                       # while the last checkpoint was written
         raise Interrupted(requests[0], f"{how} shows the end of it")

@@ -12,7 +12,8 @@ from plumbing.for_tests import command, weights
 @pytest.mark.parametrize("args, words", [
     (["--dataset", "imagenet"], "--dataset: 'imagenet'"),
     (["--relax", "zonotope"], "--relax: invalid choice: 'zonotope'"),
-    (["--net", "vgg"], "--net: invalid choice"), (["--opt", "adam"], "--opt: invalid choice"),
+    (["--net", "vgg"], "--net: 'vgg' is none of mlp, small"),
+    (["--opt", "adam"], "--opt: invalid choice"),
     (["--eps", "-0.1"], "--eps: '-0.1'"),
     (["--eps", "8"], "--eps: '8' has to be a number >= 0 and <= 1"),
     (["--eps", "1/0"], "--eps"), (["--eps-train", "nan"], "--eps-train: 'nan'"),
@@ -62,7 +63,7 @@ def test_the_parser_gives_what_was_given_and_the_table_the_rest():
     assert (plain["samples"], plain["sigma"]) == (1, 0.0)
     assert train.parse_config(["--resume", "a/b", "--device", "cpu"]) == dict(
         resume=Path("a/b"), device="cpu")
-    assert train.SETTINGS["relax"].limits == (*train.RELAXATIONS, *train.ATTACKING)
+    assert train.SETTINGS["relax"].limits == (*train.RELAXATIONS, *train.BASELINES)
 
 
 @pytest.mark.parametrize("args", [["--relax-", "box"], ["--eps-t", "0.1"], ["--ep", "3"]])

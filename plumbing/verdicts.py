@@ -11,15 +11,68 @@ import math
 import time
 import zlib
 from collections import Counter
+from dataclasses import dataclass, field
+from typing import Optional
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from plumbing.console import InputError, Progress, duration
 from plumbing.processes import ranks
+from plumbing.rounding import ROUNDING
 from plumbing.runs import claim
 
 STATUSES = ("misclassified", "attacked", "certified", "unknown")
+
+
+@dataclass
+class Verdict:
+    status: str = "unknown"    # one of STATUSES
+    stage: str = ""            # what settled it: forward, attack, box, ...; "" if unknown
+    bound: float = -math.inf   # the smallest margin lower bound proved, the best over stages; where
+    #                            branching was cut short, up to rounding in float32
+    seconds: float = 0.0       # spent on it; the time of a batch is shared equally
+    counterexample: Optional[torch.Tensor] = None
+    seconds_by_stage: dict = field(default_factory=dict)
+    index: int = 0             # of the sample
+
+    def spend(self, stage, seconds):
+        self.seconds += seconds
+        self.seconds_by_stage[stage] = self.seconds_by_stage.get(stage, 0.0) + seconds
+
+    def prove(self, stage, bound, unit):
+        """All margins are at least bound in the whole ball. unit: that of the network's margins."""
+        self.bound = max(self.bound, bound)
+        if bound > ROUNDING * unit and self.status == "attacked":
+            raise ContradictionError(self.index, stage, bound, self.counterexample)
+        if bound > 0 and self.status == "unknown":
+            self.status, self.stage = "certified", stage
+
+    def refute(self, stage, point, unit):
+        """A point of the ball is misclassified."""
+        if self.status == "certified" and self.bound > ROUNDING * unit:
+            raise ContradictionError(self.index, self.stage, self.bound, point)
+        if self.status != "attacked":
+            self.status, self.stage, self.counterexample = "attacked", stage, point.clone()
+
+
+class ContradictionError(AssertionError):
+    """A sample is both certified and attacked: a bound is unsound, or a forward pass is wrong.
+    Carries the witnesses: index of the sample, stage and bound, and the counterexample."""
+
+    def __init__(self, index, stage, bound, counterexample):
+        super().__init__(f"sample {index}: {stage} proves a margin of {bound:.3g}, yet a point of "
+                         "the ball is misclassified; a bound is unsound. Please report this with "
+                         "the network")
+        self.index, self.stage, self.bound = index, stage, bound
+        self.counterexample = counterexample
+
+
+def verdict_of(row):
+    bound = -math.inf if row["bound"] is None else row["bound"]
+    return Verdict(row["status"], row["stage"], bound, row["seconds"],
+                   seconds_by_stage=row["seconds_by_stage"])
 
 
 def sealed(row):

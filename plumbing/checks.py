@@ -1,0 +1,159 @@
+"""One message for one mistake: what networks, images, labels and radii have to be.
+
+certify.certify and train.evaluate ask check_problem before they compute anything, so that what is
+refused is refused at once, whatever the images turn out to be. It asks the bounds themselves in the
+end, whose words for layers, pixels and precision are the same everywhere.
+"""
+import math
+import numbers
+from copy import deepcopy
+
+import torch
+import torch.nn as nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from plumbing.rounding import ROUNDING, unit_of
+
+FLOATS = torch.float32, torch.float64
+
+
+def check_images(x):
+    """Raises ValueError for what are no images: a plain tensor (B, ...) of float32 or float64."""
+    if not torch.is_tensor(x) or x.is_nested or x.layout != torch.strided:
+        kind = x.layout if torch.is_tensor(x) else type(x).__name__
+        raise ValueError(f"x has to be a tensor of images, got {kind}; "
+                         "torch.as_tensor(x, dtype=torch.float32) makes one of an array")
+    if x.dim() < 2:
+        raise ValueError(f"x has to be a batch of images (B, ...), got the shape {tuple(x.shape)}; "
+                         "x[None] is a batch of one")
+    if x.dtype not in FLOATS:
+        raise ValueError("x and the parameters have to be all float32 or all float64, got x of "
+                         f"{x.dtype}; pixels of 0..255 are x.float() / 255")
+
+
+def as_labels(y, x, K=None):
+    """The labels (B,) of the images x, as int64 on their device. Raises ValueError unless they are
+    integers, of 0..K-1 if K is given."""
+    try:
+        y = torch.as_tensor(y, device=x.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"y has to hold {len(x)} integer labels, got {type(y).__name__}") from None
+    fraction = y.is_floating_point() or y.is_complex() or y.dtype == torch.bool
+    if y.shape != x.shape[:1] or fraction:
+        raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)}")
+    y = y.long()
+    if K is not None and not ((y >= 0) & (y < K)).all():
+        raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
+    return y
+
+
+def check_radius(eps):
+    """Raises ValueError unless eps is one number, 0 <= eps < infinity."""
+    single = torch.is_tensor(eps) and eps.dim() == 0 and eps.dtype in FLOATS
+    if not (single or isinstance(eps, numbers.Real)) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps={eps} has to be a radius in pixels, 0 <= eps < infinity: one number "
+                         "for all images")
+
+
+def check_whole(least, **named):
+    """Raises ValueError unless each is a whole number from least to 2^63 - 1."""
+    for name, n in named.items():
+        if not isinstance(n, numbers.Integral) or not least <= n < 2 ** 63:
+            raise ValueError(f"{name}={n} has to be a whole number >= {least}")
+
+
+def check_number(name, value, most=math.inf):
+    """Raises ValueError unless it is a number from 0 to most; NaN is none."""
+    if not isinstance(value, numbers.Real) or not 0 <= value <= most:
+        raise ValueError(f"{name}={value} has to be a number >= 0")
+
+
+def check_settings(known, stages, timeout, tolerance, batch, steps, restarts, seed):
+    """Raises ValueError for settings that make no sense."""
+    check_number("timeout", timeout)
+    check_number("tolerance", tolerance)
+    check_whole(1, batch=batch)
+    check_whole(0, steps=steps, seed=seed, restarts=0 if restarts is None else restarts)
+    if not isinstance(stages, (list, tuple)) or not set(map(str, stages)) <= set(known):
+        raise ValueError(f"stages={stages} has to be a list of {', '.join(known)}")
+    if tolerance == 0:
+        raise ValueError("tolerance=0 cannot be reached in floating point; 1e-6 can")
+
+
+def check_network(net, x):
+    """Raises ValueError for a network that cannot be copied to where the images are."""
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"net ({type(net).__name__}) has to be a plain torch.nn.Sequential")
+    tensors = [*net.parameters(), *net.buffers()]
+    if any(isinstance(t, UninitializedTensorMixin) for t in tensors):
+        raise ValueError("the network has lazy layers without weights; call it once, net(x)")
+    elsewhere = {str(t.device) for t in tensors} - {str(x.device)}
+    if elsewhere:
+        raise ValueError(f"x is on {x.device}, parameters are on {', '.join(sorted(elsewhere))}")
+    try:
+        deepcopy(net)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"the network cannot be copied ({str(e).splitlines()[0]}); pruning and "
+                         "weight norm have to be removed (torch.nn.utils.prune.remove, "
+                         "remove_weight_norm), or use torch.nn.utils.parametrizations") from None
+
+
+@torch.no_grad()
+def check_problem(net, x, y, eps, margins, neurons):
+    """The labels as int64; ValueError, in the words of the bounds, for what these refuse, and for a
+    network that bounds and forward pass take for two: at eps 0 they have to give the same margins.
+
+    margins, neurons: relaxations.margin_lower_bounds and preactivation_bounds.
+    """
+    check_images(x)
+    y = as_labels(y, x)
+    check_radius(eps)
+    check_network(net, x)
+    if not len(x):
+        return y
+    # If the bounds take the images with the lowest and the highest pixel, and the smallest and the
+    # largest label, they take all.
+    lowest, highest = x.flatten(1).amin(1), x.flatten(1).amax(1)
+    few = x[torch.stack([lowest.argmin(), highest.argmax()])]
+    labels = torch.stack(y.aminmax())
+    K = margins(net, few, labels, 0.0, "box").shape[1]
+    if K < 2:
+        raise ValueError(f"the network has {K} logit; a margin is between two")
+    check_forward(net, few, labels, margins, neurons)
+    return y
+
+
+def check_forward(net, x, y, margins, neurons):
+    """Raises ValueError if bounds at eps 0 are not what the network computes, in float64; it names
+    the first layer where they differ."""
+    device = "cpu" if x.device.type == "mps" else x.device
+    twin, x, y = deepcopy(net).to(device).double(), x.to(device).double(), y.to(device)
+    logits = twin(x)
+    right = logits.gather(1, y[:, None]) - logits
+    difference = (margins(twin, x, y, 0.0, "box") - right).abs().max()
+    if not difference > ROUNDING * max(unit_of(net), logits.abs().max()):
+        return                                             # NaN weights are certified nowhere
+    where = "some layer"
+    layers = list(leaves(twin))
+    for n, (name, last) in enumerate(layers):
+        prefix = nn.Sequential(*(layer for _, layer in layers[:n + 1]))
+        z = prefix(x).flatten(1)
+        try:
+            low, high = neurons(nn.Sequential(*prefix, nn.ReLU(), nn.Flatten()), x, 0.0, "box")[-1]
+        except ValueError:                                 # nothing affine yet
+            continue
+        if max((low.flatten(1) - z).abs().max(), (high.flatten(1) - z).abs().max()) \
+                > ROUNDING * z.abs().max():
+            where = f"layer {name} ({type(last).__name__})"
+            break
+    raise ValueError(f"bounds and forward pass of the network differ by {difference:.3g} at a "
+                     f"radius of 0: {where} does not compute what its class says")
+
+
+def leaves(net, prefix=""):
+    """(name, layer) of the layers of nested nn.Sequentials, by their names in net.state_dict()."""
+    for name, layer in net.named_children():
+        if isinstance(layer, nn.Sequential):
+            yield from leaves(layer, f"{prefix}{name}.")
+        else:
+            yield prefix + name, layer

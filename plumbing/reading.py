@@ -1,0 +1,297 @@
+"""The door of relaxations.py: is a network what its layers say, and are images and radii what
+bounds take? What is not is refused by a ValueError of one line, which names the layer.
+
+Bounds hold for the network that is read here. So all by which another one could run is looked at:
+methods replaced on a class or on an object, hooks, state that moves at each call, tensors that are
+computed from others. What is handed on are copies of the layers, which nobody else holds.
+"""
+import math
+from functools import lru_cache
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.nn.parameter import is_lazy
+
+NORMS = nn.BatchNorm1d, nn.BatchNorm2d
+FLOATS = "weight", "bias", "running_mean", "running_var"
+TENSORS = *FLOATS, "num_batches_tracked"
+RUNNING = "forward", "__iter__", "__call__", "_call_impl"       # what an nn.Sequential runs by
+# What a class may define and still compute what its base does: a constructor, and what is shown.
+HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__constants__",
+            "__static_attributes__", "__firstlineno__", "__annotate_func__",
+            "__annotations_cache__", "__repr__", "extra_repr"}
+
+
+class Entry(NamedTuple):
+    """A layer that was read."""
+    module: nn.Module    # a copy; None stands for a ReLU
+    tensors: dict        # what its state_dict holds: {name: (P, ...)}
+    in_shape: tuple      # of one input
+    out_shape: tuple
+
+
+def read_layers(net, in_shape, params, affine, reshape):
+    """P, the Entries of an nn.Sequential for inputs of in_shape, and the number of logits as (K,).
+
+    params: {name of net.state_dict(): (P, ...)}, tensors to read instead. affine, reshape: the
+    classes that are accepted beside nn.ReLU; those of reshape change shapes only and are left out.
+    """
+    check_net(net)
+    P, stacked = stack_tensors(net, params) if params else (1, lambda t: t[None])
+    entries, shape, known = [], in_shape, (nn.ReLU, *affine, *reshape)
+    for name, module in flat_layers(net):
+        kind, before = kind_of(module, known), shape
+        where = f"layer {name} ({type(module).__name__})"
+        if kind is nn.ReLU:
+            entries.append(Entry(None, {}, shape, shape))
+            continue
+        check_layer(module, kind, where, known)
+        own = tensors_of(module)
+        shape = shape_after(module, kind, own, before, where)
+        if kind not in reshape:
+            tensors = {n: stacked(t) for n, t in own.items()}
+            entries.append(Entry(plain(module, kind, own), tensors, before, shape))
+    if len(shape) != 1 or not any(entry.module for entry in entries):
+        raise ValueError(f"the network ends in the shape {shape}, not in logits; "
+                         "is nn.Flatten() or a layer missing?")
+    return P, entries, shape
+
+
+# ----------------------------------------------------------------------------------------- classes
+
+def check_net(net):
+    on_all = nn.modules.module
+    hooks = [*on_all._global_forward_hooks.values(), *on_all._global_forward_pre_hooks.values()]
+    # PyTorch's own only count.
+    if not (is_sequential(net) and all(h.__module__.startswith("torch.") for h in hooks)):
+        raise ValueError(f"net ({title(net)}) has to be a plain torch.nn.Sequential, and there may "
+                         f"be no hooks on it or on all modules{way_out(net)}")
+
+
+def way_out(net):
+    """How to get a plain nn.Sequential out of what people bring."""
+    if {"GraphModule", "ConvertModel"} & {kind.__name__ for kind in type(net).__mro__}:
+        return ("; if its layers follow one another, nn.Sequential(*net.children()) is the same "
+                "network (compare their outputs)")
+    parts = [name for name in ("layers", "blocks") if hasattr(net, name)]
+    parts += [name for name, part in getattr(net, "_modules", {}).items()
+              if isinstance(part, (nn.Sequential, nn.ModuleList)) and name not in parts]
+    if parts and not isinstance(net, nn.Sequential):
+        return (f"; if its forward pass only runs them, nn.Sequential(*net.{parts[0]}) is the same "
+                "network (compare their outputs)")
+    return ""
+
+
+def title(module):
+    """Its class, with where that is from."""
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def flat_layers(net, prefix=""):
+    """(name, layer) of all layers, by their names in net.state_dict()."""
+    for name, module in net._modules.items():
+        if is_sequential(module):
+            yield from flat_layers(module, f"{prefix}{name}.")
+        else:
+            yield prefix + name, module
+
+
+def unchanged(module):
+    """Does it run by the methods of its class, and nothing else?"""
+    return not (module._forward_hooks or module._forward_pre_hooks
+                or any(map(callable, vars(module).values())))
+
+
+def class_of(module):
+    """Its class before torch.nn.utils.parametrize made another one of it."""
+    return type(module).__bases__[0] if "parametrizations" in module._modules else type(module)
+
+
+def kind_of(module, known):
+    """Which of the known classes it computes what that computes, or None."""
+    return runs_as(class_of(module), known) if unchanged(module) else None
+
+
+@lru_cache(maxsize=1024)
+def runs_as(kind, known):
+    for i, base in enumerate(kind.__mro__):
+        if base in known and kind.__mro__[i:] == base.__mro__:
+            return base
+        if vars(base).keys() - HARMLESS:
+            return None
+
+
+def is_sequential(net):
+    """Is it an nn.Sequential, or a subclass that only builds one?"""
+    return (isinstance(net, nn.Sequential) and unchanged(net)
+            and all(getattr(type(net), name) is getattr(nn.Sequential, name) for name in RUNNING))
+
+
+# ------------------------------------------------------------------------------------------ layers
+
+def check_layer(module, kind, where, known):
+    if kind is None:
+        changed = runs_as(class_of(module), known) is not None
+        lazy = any(map(is_lazy, module.parameters()))
+        names = ", ".join(each.__name__ for each in known)
+        raise ValueError(f"{where} " + f"is a {title(module)} and " * (lazy + changed == 0)
+                         + "may compute something else than its class, and " * changed
+                         + "has no weights yet, run the network once; till then it " * lazy
+                         + f"is not supported; supported are {names}, in an nn.Sequential, without "
+                         "hooks and with the methods of their class")
+    if kind in NORMS and (module.training or module.running_mean is None):
+        raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "
+                         "track_running_stats=True), so that it is a fixed affine map")
+    changing = any(m.training and (isinstance(m, nn.modules.dropout._DropoutNd) or m._buffers)
+                   for m in module.modules())
+    computed = module._modules.get("parametrizations", ())
+    if changing or not all(torch.equal(getattr(module, n), getattr(module, n)) for n in computed):
+        raise ValueError(f"{where} is another function at each call; call net.eval()")
+    divisor, value = (vars(module).get(name) or 0 for name in ("divisor_override", "value"))
+    if vars(module).get("mode") == "bicubic" or divisor < 0 or value != 0:
+        raise ValueError(f"{where} has negative coefficients and no weight, or pads with another "
+                         "value than 0, which is not supported")
+
+
+def tensors_of(module):
+    """{name: tensor} of what the module computes with, whether it holds or computes them."""
+    own = vars(module) | module._parameters | module._buffers
+    own |= {name: getattr(module, name) for name in module._modules.get("parametrizations", ())}
+    return {name: own[name] for name in TENSORS if own.get(name) is not None}
+
+
+def plain(module, kind, tensors):
+    """A module of the same settings, in eval mode, that holds these tensors, computed or not. The
+    heart sets other tensors in it, for which the network, used by other threads, is no place."""
+    copy, settings = kind.__new__(kind), vars(module).keys() - {*TENSORS}
+    vars(copy).update((name, vars(module)[name]) for name in settings)
+    holds = module._parameters | tensors
+    vars(copy).update(_parameters=holds, _buffers={}, _modules={}, training=False)
+    return copy
+
+
+def shape_after(module, kind, tensors, shape, where):
+    """What a layer makes of one input of that shape: by running it, or by arithmetic, where that
+    is not worth the time."""
+    if kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
+        return (math.prod(shape),)
+    if kind is nn.Linear and shape == tensors["weight"].shape[1:]:
+        return tuple(tensors["weight"].shape[:1])
+    if kind is nn.Conv2d and len(shape) == 3 and module.padding_mode == "zeros" \
+            and shape[0] == module.in_channels and not isinstance(module.padding, str):
+        kernel = tensors["weight"].shape[2:]
+        along = zip(shape[1:], kernel, module.stride, module.padding, module.dilation)
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along]
+        if min(size) > 0:
+            return (len(tensors["weight"]), *size)
+    like = next(iter(tensors.values()), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            after = [module(like.new_zeros(n, *shape)).shape for n in (2, 3)]
+    except (RuntimeError, ValueError, IndexError) as e:
+        hint = "; is nn.Flatten() missing?" if kind is nn.Linear else ""
+        raise ValueError(f"{where} cannot read the shape {shape}{hint} "
+                         f"({str(e).splitlines()[0]})") from None
+    if [(n, *after[0][1:]) for n in (2, 3)] != [tuple(each) for each in after]:
+        raise ValueError(f"{where} mixes the images of a batch")
+    return tuple(after[0][1:])
+
+
+def stack_tensors(net, params):
+    """P, and a function from a tensor of net to what params has in its place, or else to P times
+    itself. A tensor with several names (tied weights) is the same under all of them."""
+    own = dict(net.named_parameters(remove_duplicate=False))
+    own |= dict(net.named_buffers(remove_duplicate=False))
+    computed_from = {id(t) for name, t in own.items() if "parametrizations." in name}
+    own = {name: t for name, t in own.items() if id(t) not in computed_from}
+    unknown = sorted(params.keys() - own.keys())
+    sizes = {tuple(t.shape[:1]) for t in params.values()}
+    if unknown or len(sizes) > 1 or (0,) in sizes or () in sizes:
+        raise ValueError("params has to map names such as '0.weight' to tensors with one leading P "
+                         f">= 1; got the sizes {sorted(sizes)}, unknown {unknown}")
+    for name, t in params.items():
+        if t.shape[1:] != own[name].shape:
+            raise ValueError(f"params[{name!r}] is {tuple(t.shape)}, but the layer's is "
+                             f"{tuple(own[name].shape)}")
+    given = {id(own[name]): t for name, t in params.items()}
+    if len(given) < len(params):
+        raise ValueError("params has one tensor of net under several names; give it under one")
+    P = sizes.pop()[0]
+    return P, lambda t: given[id(t)] if id(t) in given else t.expand(P, *t.shape)
+
+
+# --------------------------------------------------------------------------------------- arguments
+
+def check_images(x):
+    if not torch.is_tensor(x) or x.dim() < 2:
+        raise ValueError(f"x has to be a tensor of images (B, ...), got {kind_and_shape(x)}")
+    if torch.is_autocast_enabled(x.device.type):
+        raise ValueError("bounds need full precision; leave torch.autocast before computing them")
+
+
+def check_numbers(x, tensors):
+    """Of the images x, and of the {name: tensor} of each layer."""
+    kinds = {(t.dtype, t.device) for own in tensors for name, t in own.items() if name in FLOATS}
+    if kinds - {(x.dtype, x.device)} or x.dtype not in (torch.float32, torch.float64):
+        kinds = {(x.dtype, x.device), *kinds}
+        raise ValueError("x and the parameters have to be all float32 or all float64, on one "
+                         f"device, got {', '.join(sorted(f'{t} on {at}' for t, at in kinds))}")
+    lowest, highest = x.aminmax() if x.numel() else (-1, -1)
+    if not (lowest >= 0 and highest <= 1):
+        raise ValueError("x is empty, or has values outside [0, 1] or NaN: pass pixels; "
+                         "normalisation is a layer of the network")
+
+
+def kind_and_shape(value):
+    shape = getattr(value, "shape", None)
+    return f"{type(value).__name__}" if shape is None else f"{value.dtype} {tuple(shape)}"
+
+
+def as_numbers(value, what, x, dtype=None):
+    """The value as a tensor on the device of x."""
+    try:
+        return torch.as_tensor(value, dtype=dtype, device=x.device)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{what}={value!r} is no number or tensor "
+                         f"({str(e).splitlines()[0]})") from None
+
+
+def checked_eps(eps, x):
+    eps = as_numbers(eps, "eps", x, x.dtype)
+    fits = all(n in (1, m) for n, m in zip(reversed(eps.shape), reversed(x.shape)))
+    # One of each image, or of each column? Shapes would allow either.
+    unclear = 1 < eps.numel() == len(x) and eps.dim() == 1
+    if not fits or unclear or eps.dim() > x.dim() or not ((eps >= 0) & eps.isfinite()).all():
+        raise ValueError(f"eps={eps.tolist()} has to be a radius in pixels, 0 <= eps < infinity: a "
+                         "number, or a tensor that broadcasts with x (one of each image: (B, 1, "
+                         "...))")
+    return eps
+
+
+def checked_labels(y, x, K):
+    y = as_numbers(y, "y", x)
+    if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)}")
+    if not ((y >= 0) & (y < K)).all():
+        raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
+    return y.long()
+
+
+def checked_bounds(pairs, shapes, x):
+    """Pairs (l, u) of bounds before each ReLU, as tensors like x."""
+    try:
+        got = [(t.shape, t.dtype, t.device) for l, u in pairs for t in (l, u)]
+    except (AttributeError, TypeError, ValueError):
+        got = None
+    if got != [(shape, x.dtype, x.device) for shape in shapes for _ in "lu"]:
+        sizes = [tuple(shape) for shape in shapes]
+        raise ValueError(f"intermediate has to hold a pair (l, u) of each of the shapes {sizes}, "
+                         f"{x.dtype} on {x.device} as x is")
+    return pairs
+
+
+def check_steps(steps):
+    if not isinstance(steps, Integral) or steps < 0:
+        raise ValueError(f"steps={steps!r} has to be a whole number >= 0")

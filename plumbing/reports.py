@@ -1,0 +1,145 @@
+"""What certify.py says in the end, and what it knows from other radii."""
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from plumbing.console import InputError, Parser, count, number
+from plumbing.verdicts import STATUSES
+
+
+def newest_run(root="runs"):
+    runs = sorted(Path(root).glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise InputError(f"no run found under {root}/; train one with python train.py, or name its "
+                         "folder")
+    return runs[-1].parent
+
+
+def summary(verdicts, stages):
+    """The final table, as lines of text: counts that add up to the number of samples."""
+    n, counts = len(verdicts), Counter(v.status for v in verdicts)
+    settled = Counter(v.stage for v in verdicts if v.status == "certified")
+
+    def line(title, k):
+        return f"  {title:34}{100 * k / n:7.2f} %   {k}/{n}"
+
+    lines = [line("natural accuracy", n - counts["misclassified"]),
+             line("not attacked (upper bound)", counts["certified"] + counts["unknown"])]
+    total = 0
+    for stage in stages:
+        total += settled[stage]
+        lines.append(line(f"certified up to {stage}", total))
+    spent = sum((Counter(v.seconds_by_stage) for v in verdicts), Counter())
+    seconds = [f"{stage} {spent[stage]:.1f}" for stage in ("attack", *stages) if stage in spent]
+    lines.append("  seconds: " + ", ".join(seconds))
+    total = " + ".join(f"{counts[status]} {status}" for status in STATUSES)
+    lines.append(f"  {total} = {n} samples, {sum(v.seconds for v in verdicts):.1f} s")
+    return lines
+
+
+# ------------------------------------------------------------------------- several radii in one go
+
+def outside_in(radii):
+    """The radii in the order largest, smallest, second largest, ...: each image that is certified
+    at a large one, or attacked at a small one, is known at all those between."""
+    left = sorted(set(radii))
+    return [left.pop(-1 if i % 2 == 0 else 0) for i in range(len(left))]
+
+
+def inherited(i, eps, known):
+    """The verdict on image i that those at other radii, known {eps: {i: verdict}}, imply: what is
+    certified is so in every smaller ball, and a counterexample lies in every larger one. Or None.
+    """
+    for other, verdicts in known.items():
+        v = verdicts.get(i)
+        if v is None:
+            continue
+        free = dict(seconds=0.0, seconds_by_stage={})
+        if v.status == "misclassified" or v.status == "certified" and other >= eps:
+            return replace(v, **free)
+        if v.status == "attacked" and other <= eps and v.counterexample is not None:
+            return replace(v, bound=-math.inf, **free)
+    return None
+
+
+def curve(known):
+    """The table of verdicts {eps: {i: verdict}}, as lines of text. Raises AssertionError where an
+    image is certified in a ball that has a counterexample."""
+    lines = [f"  {'eps':>10}" + "".join(f"{status:>15}" for status in STATUSES) + "   certified"]
+    for eps in sorted(known):
+        verdicts = known[eps].values()
+        counts = Counter(v.status for v in verdicts)
+        lines.append(f"  {eps:10.6g}" + "".join(f"{counts[status]:15}" for status in STATUSES)
+                     + f"{100 * counts['certified'] / len(verdicts):10.2f} %")
+    for small in known:
+        for i, v in known[small].items():
+            larger = [eps for eps in known if eps >= small]
+            if v.status == "attacked" and any(known[eps][i].status == "certified"
+                                              for eps in larger):
+                raise AssertionError(f"image {i} is attacked at {small:.6g} and certified at a "
+                                     "larger radius: a bound is unsound")
+    return lines
+
+
+def report_inherited(indices, eps, known, report):
+    """Report what is known of these images from other radii; the places in indices of the rest."""
+    left = []
+    for place, i in enumerate(indices):
+        v = inherited(i, eps, known)
+        if v is None:
+            left.append(place)
+        else:
+            report(replace(v, index=place))
+    return left
+
+
+# ----------------------------------------------------------------------------------- command line
+
+def parse_args(argv, stages, settings):
+    """The command line of certify.py. stages: of certify; settings: of train.py."""
+    p = Parser(prog="certify.py", description="Certify a trained run, sample by sample.")
+    p.add_argument("run", nargs="?", help="run folder of train.py; default: the newest under runs/")
+    p.add_argument("--eps", type=number(0, 1), nargs="+",
+                   help="radius in pixels, or several; default: the run's")
+    p.add_argument("--weights", metavar="FILE", help="instead of a run: a state_dict that "
+                   "torch.save wrote, of the network --net for the images --dataset")
+    p.add_argument("--net", type=settings["net"].limits,
+                   help="with --weights: " + settings["net"].meaning)
+    p.add_argument("--dataset", type=settings["dataset"].limits,
+                   help="with --weights: " + settings["dataset"].meaning
+                   + "; else PATH.npz, if the run's has moved")
+    p.add_argument("--samples", type=count(1), help="first N test images; default: the run's")
+    p.add_argument("--validation", type=count(0), help="certify the last N training images, not "
+                   "those of the test; 0: those of the test; default: the run's")
+    p.add_argument("--stages", nargs="+", choices=stages, default=list(stages), metavar="STAGE",
+                   help=f"of {', '.join(stages)}; default: all")
+    p.add_argument("--timeout", type=number(0, math.inf), default=30.0,
+                   help="seconds for each image; default: 30")
+    p.add_argument("--slope", choices=settings["slope"].limits,
+                   help=settings["slope"].meaning + "; default: the run's, or adaptive")
+    p.add_argument("--steps", type=count(1), default=40, help="of each descent of the attack")
+    p.add_argument("--restarts", type=count(0),
+                   help="descents of the attack; 0: no attack; default: one for each class")
+    p.add_argument("--batch-size", type=count(1), default=100)
+    p.add_argument("--seed", type=count(0), default=0)
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    p.add_argument("--data-dir", help="default: that of the run")
+    p.add_argument("--out", help="JSON lines, one verdict each; default: certify-epsEPS.jsonl in "
+                   "the run folder, or beside FILE")
+    args = p.parse_args(argv)
+    foreign = [args.weights, args.net]
+    if any(foreign) and (args.run or not all([*foreign, args.dataset])):
+        p.error("argument --weights: takes --net and --dataset, and no run folder; a run keeps its "
+                "own")
+    if args.out and len(args.eps or ()) > 1:
+        p.error("argument --out: one file is for one radius; leave it out, or give one --eps")
+    return args
+
+
+def file_of(args, path, eps):
+    """The file of verdicts for a radius."""
+    if args.out:
+        return Path(args.out)
+    name = f"certify-eps{eps:.6g}.jsonl"
+    return path.with_name(f"{path.name}.{name}") if args.weights else path / name

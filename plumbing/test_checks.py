@@ -1,0 +1,157 @@
+"""What certify, evaluate and the bounds refuse: random mistakes, each refused at once."""
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from torch.nn.utils import prune
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import certify                                                                     # noqa: E402
+import train                                                                       # noqa: E402
+
+nan, inf, some = math.nan, math.inf, torch.tensor([0.1, 0.2])
+
+
+def right():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 8),
+                        nn.ReLU(), nn.Linear(8, 4)).eval()
+    x = torch.rand(5, 1, 4, 4)
+    return dict(net=net, x=x, y=net(x).argmax(1), eps=0.05)
+
+
+def with_layer(i, layer):
+    return lambda net: nn.Sequential(*net[:i], layer, *net[i + 1:]).eval()
+
+
+def computed(net):
+    """A weight that is the result of a computation."""
+    w = net[3].weight
+    del net[3].weight
+    net[3].weight = 2 * w
+    return net
+
+
+def changed(net):
+    net[3].forward = lambda z: z[:, :8]
+    return net
+
+
+def hooked(net):
+    net[3].register_forward_hook(lambda module, given, z: z + 1)
+    return net
+
+
+MISTAKES = {
+    "net": [computed, changed, hooked, with_layer(3, nn.LazyLinear(8)),
+            with_layer(0, nn.LazyConv2d(3, 3, padding=1)), with_layer(5, nn.Linear(8, 1)),
+            with_layer(4, nn.Sigmoid()), with_layer(5, nn.Linear(9, 4)),
+            with_layer(3, nn.utils.weight_norm(nn.Linear(48, 8))),
+            with_layer(3, nn.utils.spectral_norm(nn.Linear(48, 8))),
+            lambda net: prune.l1_unstructured(net[3], "weight", 0.5) and net,
+            lambda net: nn.Sequential(nn.BatchNorm2d(1), *net).train(),
+            lambda net: nn.Sequential(*net, nn.Softmax(1)), lambda net: net[:2], list,
+            lambda net: net.half(), lambda net: net.bfloat16(), lambda net: net.double(),
+            lambda net: (net[3].double(), net)[1], lambda net: net.to("meta"),
+            lambda net: net.to(torch.complex64), lambda net: nn.Linear(16, 4),
+            lambda net: nn.Sequential(), lambda net: None, lambda net: net.forward],
+    "x": [torch.Tensor.numpy, torch.Tensor.tolist, list, lambda x: None, torch.Tensor.sum,
+          lambda x: (255 * x).byte(), lambda x: (255 * x).long(), lambda x: x > 0.5,
+          torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16,
+          lambda x: x.to(torch.complex64), lambda x: x.to(torch.float8_e5m2),
+          torch.Tensor.to_sparse, lambda x: torch.nested.nested_tensor(list(x)),
+          lambda x: x.to("meta"), lambda x: x[0], torch.Tensor.flatten, lambda x: x[:, 0, 0, 0],
+          lambda x: x[None], lambda x: x[:, None], lambda x: x.movedim(1, -1), lambda x: x[:3],
+          lambda x: x.expand(-1, 3, -1, -1), lambda x: torch.rand(5, 1, 5, 5),
+          lambda x: (x - 0.5) / 0.25, lambda x: 255 * x, lambda x: -x, lambda x: x / 0,
+          lambda x: torch.where(x == x[2, 0, 1, 1], nan, x)],
+    "y": [lambda y: nn.functional.one_hot(y, 4), torch.Tensor.float, lambda y: y > 0,
+          lambda y: y - 5, lambda y: y + 4, lambda y: y + 2 ** 40, lambda y: y[:, None],
+          lambda y: y[:-1], lambda y: y[:0], lambda y: y[0], lambda y: torch.rand(5, 4),
+          lambda y: y.numpy() / 1.0, lambda y: [0.0] * 5, lambda y: [2 ** 70] * 5,
+          lambda y: [[1], [2, 3], 4, 5, 6], lambda y: "01234", lambda y: None, lambda y: {0: 1},
+          lambda y: np.array([1, None, 2, 3, 1]), lambda y: torch.full((5,), 255).byte(),
+          lambda y: y.to(torch.complex64)],
+    "eps": [-0.1, nan, inf, None, "0.1", [0.1], some, torch.full((5, 1, 1, 1), 0.1), 1j, {},
+            np.full(5, 0.1), torch.tensor([0.1]), torch.tensor(-1.0), torch.tensor(nan)],
+    "batch": [-1, 0, 2.5, nan, inf, "3", None, [1], 2 ** 70],
+    "steps": [-1, 1.5, nan, inf, None, "40", [40], 2 ** 64],
+    "restarts": [-1, 0.5, nan, inf, "1", [1]],
+    "seed": [-1, 0.5, nan, None, "0", 2 ** 64],
+    "timeout": [-1, -1e-9, nan, -inf, "5", [1], some, 1j],
+    "tolerance": [0.0, -1, nan, "1e-3", [1]],
+    "stages": ["box", None, 5, ["boxes"], [1], [None], "crown-ibp", {"box": 1}, [some]],
+}
+OF_EVALUATE = "net", "x", "y", "eps", "batch"
+
+
+def mistake(seed, names):
+    """Arguments of which one to three are wrong, and which."""
+    draw, arguments, wrong = random.Random(seed), right(), []
+    for name in draw.sample(names, draw.choice((1, 1, 2, 3))):
+        k = draw.randrange(len(MISTAKES[name]))
+        change = MISTAKES[name][k]
+        arguments[name] = change(arguments[name]) if callable(change) else change
+        wrong.append((name, k))
+    return arguments, wrong
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", range(4))
+def test_random_mistakes_are_refused_in_under_a_second(part):
+    """2,000, a quarter of them given to evaluate."""
+    for seed in range(500 * part, 500 * part + 500):
+        evaluated = seed % 4 == 0
+        call = train.evaluate if evaluated else certify.certify
+        arguments, wrong = mistake(seed, OF_EVALUATE if evaluated else list(MISTAKES))
+        begun = time.process_time()
+        try:
+            call(**arguments)
+        except ValueError as e:
+            assert str(e), wrong
+        except BaseException as e:
+            raise AssertionError(f"{wrong}: {type(e).__name__}") from e
+        else:
+            raise AssertionError(f"{wrong} were accepted")
+        assert time.process_time() - begun < 1, wrong
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OF_EVALUATE)
+def test_certify_and_evaluate_refuse_in_the_same_words(name):
+    for change in MISTAKES[name]:
+        words = []
+        for call in (certify.certify, train.evaluate):
+            arguments = right()
+            arguments[name] = change(arguments[name]) if callable(change) else change
+            with pytest.raises(ValueError) as error:
+                call(**arguments)
+            words.append(str(error.value))
+        assert words[0] == words[1]
+
+
+def test_labels_may_be_a_list_or_an_array_of_any_integers():
+    problem = right()
+    y = problem.pop("y")
+    verdicts = [[v.status for v in certify.certify(y=labels, **problem)] for labels in (
+        y, y.tolist(), y.numpy(), y.byte(), y.numpy().astype(np.uint16), y.to(torch.int16))]
+    assert all(v == verdicts[0] for v in verdicts)
+    assert all(train.evaluate(y=y.tolist(), **problem)["natural"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_right_is_taken():
+    """Weight norm as a parametrisation, gradients on, an eps of NumPy or PyTorch, no images."""
+    problem = right()
+    net, x, y = problem["net"], problem["x"], problem["y"]
+    nn.utils.parametrizations.weight_norm(net[3])
+    for eps in (0.05, np.float64(0.05), np.float32(0.05), torch.tensor(0.05), 0):
+        found = certify.certify(net, x.clone().requires_grad_(), y, eps, batch=np.int64(2))
+        assert {v.status for v in found} <= {"certified", "attacked"}
+    assert certify.certify(net, x[:0], y[:0], 0.1) == []

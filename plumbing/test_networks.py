@@ -1,0 +1,233 @@
+"""Networks as data: any accepted one is kept and built again; a file runs only when it is named."""
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import certify
+import train
+from plumbing import networks
+from plumbing.console import InputError
+from plumbing.for_tests import command, weights
+from plumbing.runs import save_checkpoint
+
+OWN = """
+import torch.nn as nn
+open("executed", "a").write("x")
+def net(shape, classes):
+    body = nn.Sequential(nn.Conv2d(shape[0], 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(),
+                         nn.AvgPool2d(2, 1))
+    return nn.Sequential(body, nn.Flatten(), nn.Linear(36, 20), nn.BatchNorm1d(20), nn.ReLU(),
+                         nn.Linear(20, classes))
+def narrow(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+def other(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Sigmoid())
+def module(shape, classes):
+    return nn.Linear(64, 10)
+def tied(shape, classes):
+    layer = nn.Linear(64, 64)
+    return nn.Sequential(nn.Flatten(), layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(64, classes))
+def computed(shape, classes):
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(64, classes))
+    return nn.Sequential(nn.Flatten(), layer)
+"""
+RUN = ("--net own.py:net --epochs 2 --ramp 1 --milestones 1 --subset 90 --batch-size 30 "
+       "--test-subset 9 --eps 0.02")
+
+
+def everything():
+    """A network of nearly all classes that are accepted, with settings that are no defaults."""
+    body = nn.Sequential(
+        nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
+        nn.ReLU(inplace=True), nn.AvgPool2d(3, 2, 1, count_include_pad=False))
+    return nn.Sequential(
+        nn.BatchNorm2d(2, eps=0.0, affine=False), nn.ZeroPad2d((1, 0, 2, 1)), body,
+        nn.Upsample(scale_factor=2), nn.Conv2d(4, 3, 3, dilation=2, bias=False), nn.BatchNorm2d(3),
+        nn.Identity(), nn.ReLU(), nn.AdaptiveAvgPool2d((4, None)), nn.Dropout(0.3),
+        nn.Flatten(2), nn.Conv1d(3, 2, 3, padding="same"), nn.AvgPool1d(2), nn.ZeroPad1d(1),
+        nn.Flatten(-2), nn.Unflatten(1, (2, -1)), nn.Flatten(), nn.LazyLinear(5),
+        nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3, bias=False))
+
+
+def test_a_network_is_built_again_from_plain_values(tmp_path):
+    torch.manual_seed(0)
+    net, x = everything().eval(), torch.rand(2, 2, 5, 6)
+    logits = net(x)
+    torch.save(networks.description(net, train.LAYERS), tmp_path / "layers.pt")
+    layers = torch.load(tmp_path / "layers.pt", weights_only=True)
+    again = networks.from_description(layers, train.LAYERS, (2, 5, 6))
+    again.load_state_dict(net.state_dict(), assign=True)
+    assert torch.equal(again(x), logits) and str(again) == str(net)
+    assert networks.description(again, train.LAYERS) == layers
+    kinds = {type(layer) for layer in net.modules()}
+    assert len(kinds & set(train.LAYERS)) >= 17
+
+
+CIRCLE = []
+CIRCLE.append(["0", "Sequential", CIRCLE])
+
+
+@pytest.mark.parametrize("layers", [CIRCLE,
+    [["0", "Linear", dict(in_features=4, out_features=3, device="cpu")]],
+    [["0", "system", {}]], [["0", "Conv2d", dict(in_channels=4)]], [["0", "Linear"]], "Linear", [3],
+    [["0", "Conv2d", dict(in_channels=1, out_channels=1, kernel_size=1, groups=0)]],
+    [["a.b", "ReLU", {}]], [[0, "ReLU", {}]],
+    [["0", "Upsample", dict(scale_factor=1e5)]], [["0", "ZeroPad2d", dict(padding=10 ** 9)]],
+    [["0", "Upsample", dict(size=(10 ** 30, 4))]], [["0", "Sequential", {"a": 1}]],
+    [["0", "AvgPool2d", dict(kernel_size=0)]],
+    [["0", "Linear", dict(in_features=-1, out_features=3)]]])
+def test_what_describes_no_network_is_one_line(layers, tmp_path):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    config = dict(layers=layers, input_shape=[1, 8, 8], classes=10, net="own.py:net")
+    save_checkpoint(tmp_path, net, config)
+    with pytest.raises((ValueError, TypeError, KeyError, RuntimeError, AttributeError)):
+        networks.from_description(layers, train.LAYERS, (1, 8, 8))
+    with pytest.raises(InputError) as error:
+        train.load_run(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_no_layer_are_refused_before_anything_is_built():
+    layers = [["0", "Flatten", {}],
+              ["1", "Linear", dict(in_features=64, out_features=10, device="cpu")]]
+    with pytest.raises(ValueError, match="settings that Linear does not have"):
+        networks.from_description(layers, train.LAYERS, (1, 8, 8))
+
+
+def test_a_network_of_ones_own_trains_goes_on_and_is_certified_without_its_file(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    assert command(train.main, *RUN.split()) == 0
+    run, executed = Path("runs/digits-own-deeppoly-rgs"), Path("executed")
+    assert executed.read_text() == "x" and run.is_dir()
+    assert command(train.main, *RUN.split(), "--epochs", 3, "--out", "long") == 0
+    Path("own.py").write_text("raise SystemExit('executed')")
+    assert command(train.main, "--resume", run, "--epochs", 3) == 0
+    for k, t in weights("long").items():
+        assert torch.equal(t, weights(run)[k]), k                    # as if it had been planned
+    assert train.load_run(run)[1]["epochs"] == 3
+    assert '"epochs": 3' in (run / "config.json").read_text()
+    capsys.readouterr()
+    assert command(train.main, "--resume", run, "--epochs", 2) == 2
+    assert "can only become longer" in capsys.readouterr().err
+    assert command(certify.main, run, "--samples", 5, "--timeout", 2) == 0
+    assert "own.py:net trained by deeppoly" in capsys.readouterr().out
+    assert executed.read_text() == "xx"
+    state = weights(run)
+    assert state["0.1.num_batches_tracked"] == 9 == state["3.num_batches_tracked"]
+
+
+@pytest.mark.parametrize("net, words", [
+    ("gone.py:net", "no file gone.py"), ("own.py:gone", "no function gone"),
+    ("own.py:narrow", "3 logits for 10"), ("own.py:other", "layer 2 (Sigmoid)"),
+    ("own.py:module", "returned Linear, not an nn.Sequential"), ("own.py:tied", "share weights"),
+    ("own.py:computed", "layer 1 (ParametrizedLinear)"), ("own", "is none of mlp")])
+def test_what_is_no_network_of_ones_own_is_one_line(tmp_path, monkeypatch, capsys, net, words):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    assert command(train.main, "--net", net, "--out", "run") == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not Path("run").exists()
+
+
+def test_the_weights_of_a_network_of_ones_own_are_kept_unless_init_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    config = lambda *more: train.parse_config(["--net", "own.py:net", *more])
+    assert config()["init"] == "default" and train.parse_config([])["init"] == "ibp"
+    data = train.load_dataset("digits")
+    stds = [train.new_run(config(*more), data, torch.device("cpu"))[0][0][0].weight.std().item()
+            for more in ([], ["--init", "ibp"])]
+    assert stds[0] == pytest.approx(3 ** -0.5 / 3, rel=0.3)          # PyTorch's, uniform
+    assert stds[1] == pytest.approx((2 * torch.pi) ** 0.5 / 9, rel=0.3)
+
+
+def test_training_starts_from_given_weights_and_certify_takes_them_too(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    assert command(train.main, *RUN.split(), "--out", "first") == 0
+    torch.save(weights("first"), "first.pt")
+    more = ["--weights", "first.pt", "--epochs", 0, "--init", "ibp", "--out", "second"]
+    assert command(train.main, *RUN.split(), *more) == 0
+    for k, t in weights("first").items():
+        assert torch.equal(t, weights("second")[k]), k
+    Path("first.pt").unlink()
+    assert command(train.main, "--resume", "second", "--epochs", 1) == 0
+    assert any(not torch.equal(t, weights("second")[k]) for k, t in weights("first").items())
+    torch.save(weights("second"), "second.pt")
+    assert command(certify.main, "--weights", "second.pt", "--net", "own.py:net", "--dataset",
+                   "digits", "--samples", 3, "--eps", 0.01, "--slope", "parallel") == 0
+    assert command(train.main, "--weights", "gone.pt", "--out", "third") == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "gone.pt" in err and not Path("third").exists()
+
+
+def test_fit_is_a_run_without_a_folder_in_any_thread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "--net small --epochs 2 --ramp 1 --subset 90 --batch-size 40 --test-subset 5 --out run"
+    assert command(train.main, *words.split()) == 0
+    rows = (tmp_path / "run/log.csv").read_text().splitlines()[1:]
+    torch.manual_seed(0)
+    net, data = train.build_network("small", (1, 8, 8), 10), train.load_dataset("digits")
+    x, y, out = data.x_train[:90], data.y_train[:90], []
+    settings = dict(eps=0.1, epochs=2, ramp=1, milestones=[2, 2], batch_size=40, lr=2e-3)
+    thread = threading.Thread(target=lambda: out.append(train.fit(
+        net, x, y, "cpu", lambda line: None, **settings)))
+    before = list(Path().iterdir())
+    thread.start()
+    thread.join()
+    for k, t in weights("run").items():
+        assert torch.equal(t, net.state_dict()[k]), k
+    assert list(Path().iterdir()) == before
+    assert [f"{row['loss']:.6g}" for row in out[0]] == [row.split(",")[4] for row in rows]
+
+
+def test_a_run_may_be_in_a_thread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, out = "--net mlp --epochs 1 --ramp 0 --subset 40 --test-subset 5".split(), []
+    thread = threading.Thread(target=lambda: out.append(command(train.main, *words)))
+    thread.start()
+    thread.join()
+    assert out == [0]
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(eps=2), "'2' has to be a number"), (dict(opt="adam"), "opt='adam' has to be one of"),
+    (dict(samples=3), "3 is odd"), (dict(epoch=3), "epoch is no setting here; known are relax"),
+    (dict(dataset="mnist"), "dataset is no setting"), (dict(skip_stable=3), "skip_stable=3"),
+    (dict(milestones=["x"]), "'x' has to be a whole number")])
+def test_fit_refuses_what_is_no_setting(settings, words):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with pytest.raises(ValueError, match=words):
+        train.fit(net, torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long), **settings)
+
+
+def test_ctbench_names_its_layers_as_cnn7_bn_behind_a_normalisation():
+    """Names and sizes of a state_dict of CTBench's cnn_7layer_bn, but for its "layers."."""
+    net = train.build_network("cnn7-bn", (3, 8, 8), 10, statistics=([0.5] * 3, [0.2] * 3))
+    shapes = {k: list(t.shape) for k, t in net.state_dict().items() if "weight" in k}
+    assert shapes == {
+        "1.weight": [64, 3, 3, 3], "2.weight": [64], "4.weight": [64, 64, 3, 3], "5.weight": [64],
+        "7.weight": [128, 64, 3, 3], "8.weight": [128], "10.weight": [128, 128, 3, 3],
+        "11.weight": [128], "13.weight": [128, 128, 3, 3], "14.weight": [128],
+        "17.weight": [512, 2048], "18.weight": [512], "20.weight": [10, 512]}
+
+
+def test_update_batchnorm_moves_what_learns_in_nested_networks_too():
+    net = nn.Sequential(nn.BatchNorm2d(1, affine=False),
+                        nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2)), nn.Flatten(),
+                        nn.Linear(18, 4), nn.BatchNorm1d(4)).eval()
+    x = torch.rand(8, 1, 4, 4)
+    mean = net[1][0](net[0](x)).mean((0, 2, 3))
+    train.update_batchnorm(net, x)
+    torch.testing.assert_close(net[1][1].running_mean, 0.1 * mean)
+    assert net[4].running_mean.abs().min() > 0 and net[0].running_mean == 0
+    assert not any(m.training for m in net[1].modules() if m is not net)
+    before = net[4].running_mean.clone()
+    train.update_batchnorm(net, x[:1])                                  # no variance: nothing
+    assert torch.equal(net[4].running_mean, before)
