@@ -411,13 +411,13 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
 
 
 def descend(net, x, y, eps, steps, target=None, start=None):
-    """Projected gradient descent (PGD, Madry et al. 2018) on the smallest margin, from x; or on
-    that to the class target (B,), from so far between the ends of the ball, start in [0, 1].
+    """Projected gradient descent (PGD, Madry et al. 2018) on the smallest margin, or that to the
+    class target (B,), from x, or from the points start.
 
     Returns the worst points on the way, (B, ...), exactly inside the ball, and their margins (B,).
     """
     low, high = ball(x, eps)
-    z = x if start is None else low + (high - low) * start
+    z = x if start is None else start
     best, best_margin = x.clone(), x.new_full([len(x)], torch.inf)
     for k in range(steps + 1):
         z = z.detach().clamp(low, high).requires_grad_()
@@ -433,23 +433,25 @@ def descend(net, x, y, eps, steps, target=None, start=None):
     return best, best_margin
 
 
-def restarts_of(net, x, y, restarts, seed):
-    """(target, start) of so many descents: the first lowers the smallest margin, r > 0 that to the
-    r-th runner-up class, from a random start, the same for all samples: what is found for one does
-    not depend on the others."""
+def restarts_of(net, x, y, eps, restarts, seed):
+    """(target, start) of so many descents: the first lowers the smallest margin from x, r > 0 that
+    to the r-th runner-up class, from a random point, at the same place between the ends of the ball
+    for all samples: what is found for one does not depend on the others."""
+    low, high = ball(x, eps)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         logits = torch.cat([net(part) for part in x.split(500)])
     ranking = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
     for r in range(restarts):                              # y is last in the ranking
-        start = torch.rand(x.shape[1:], generator=generator).to(x)
-        yield (ranking[:, (r - 1) % (ranking.shape[1] - 1)], start) if r else (None, None)
+        place = torch.rand(x.shape[1:], generator=generator).to(x)
+        target = ranking[:, (r - 1) % max(1, ranking.shape[1] - 1)]
+        yield (target, low + (high - low) * place) if r else (None, None)
 
 
 def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
     """The worst points that so many descents find, (B, ...), exactly inside the ball."""
     best, lowest = x.clone(), x.new_full([len(x)], torch.inf)
-    for target, start in restarts_of(net, x, y, restarts, seed):
+    for target, start in restarts_of(net, x, y, eps, restarts, seed):
         points, margins = descend(net, x, y, eps, steps, target, start)
         better = margins < lowest
         best[better], lowest = points[better], torch.where(better, margins, lowest)
