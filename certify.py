@@ -51,6 +51,7 @@ from typing import NamedTuple
 import torch
 from torch.func import jacrev
 
+from plumbing.attack import descend, forward_margin, margins_of, restarts_of, smallest
 from plumbing.checks import check_problem, check_settings
 from plumbing.console import InputError, defaults, pick_device, run
 from plumbing.data import CIFAR_STATISTICS, dataset_kind, hold_out, load_dataset
@@ -62,8 +63,7 @@ from plumbing.verdicts import ContradictionError, Verdict                       
 from plumbing.weights import read_weights
 from relaxations import (RELAXATIONS, STEPS, Subdomains, adaptive, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
-from train import (CERTIFY, CLOSE, SETTINGS, build_network, descend, forward_margin, load_run,
-                   margins_of, restarts_of, smallest)
+from train import CERTIFY, CLOSE, SETTINGS, build_network, load_run
 
 STAGES = (*RELAXATIONS, "branch-and-bound")
 
