@@ -20,6 +20,7 @@ import common                                       # first: it puts the checkou
 import gls
 import train
 from plumbing.console import keep_memory
+from plumbing.data import load_dataset
 from plumbing.processes import members_at_once
 
 RADIUS = {"digits": 0.1, "mnist": 0.1, "cifar10": 2 / 255}
@@ -28,7 +29,7 @@ SIGMA = 0.01
 
 def problem(dataset, net, relax, batch, data_dir, device):
     """(the loss of one minibatch, theta, how many members train.py would run at once)."""
-    data = train.load_dataset(dataset, data_dir)
+    data = load_dataset(dataset, data_dir)
     torch.manual_seed(0)
     net = train.build_network(net, data.x_train.shape[1:], data.classes).to(device)
     x, y = (t[:batch].to(device) for t in (data.x_train, data.y_train))

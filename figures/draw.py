@@ -4,8 +4,8 @@
     python figures/draw.py                  all figures, into figures/*.svg (10 minutes of one core)
     python figures/draw.py 1 3              some
 
-Needs matplotlib. Figures 1, 2, 3, 7 and 8 compute what they show here; 4, 5 and 6 read the digits of results/, which
-figures/experiments.py writes.
+Needs matplotlib. Figures 1, 2, 3, 7 and 8 compute what they show here; 4, 5 and 6 read the digits
+of results/, which figures/experiments.py writes; 9 does both.
 """
 import argparse
 from pathlib import Path
@@ -22,6 +22,7 @@ import pictures
 import tables
 import train
 from plumbing.console import run
+from plumbing.data import load_dataset
 from relaxations import margin_lower_bounds
 
 matplotlib.use("svg")
@@ -108,7 +109,7 @@ def trained(relax="deeppoly", opt="grad", seed=0, **other):
     chosen = {**experiments.tuned("digits")[relax, opt], **other}
     words = experiments.command(experiments.TABLES["digits"], (relax, opt), seed, chosen)
     folder = experiments.train_cell(words, str(experiments.ROOT / "data"))
-    data = train.load_dataset("digits")
+    data = load_dataset("digits")
     return train.load_run(folder)[0], data.x_train[:128], data.y_train[:128]
 
 
@@ -226,7 +227,7 @@ def certified_radius(net, x, y, relax, steps=12):
 
 def figure_5():
     """Tightness is measured where no bound has trained: on networks trained against an attack."""
-    x, y = (t[:120] for t in train.load_dataset("digits")[2:4])
+    x, y = (t[:120] for t in load_dataset("digits")[2:4])
     attacked = [trained("mtl-ibp", "grad", seed, alpha=0.0, regularize=0.0)[0] for seed in range(3)]
     radii = {relax: [certified_radius(net, x, y, relax) for net in attacked]
              for relax in ("box", "crown-ibp", "deeppoly", "alpha-crown")}
@@ -364,7 +365,58 @@ def figure_8(runs=8, sigma=0.01):
     save(fig, "8-estimates")
 
 
-FIGURES = (figure_1, figure_2, figure_3, figure_4, figure_5, figure_6, figure_7, figure_8)
+# ------------------------------------------------------- 9: does the gain follow the roughness?
+
+def own_loss(relax, seed):
+    """(loss, weights) of a network of the digits table, trained by plain gradients of that loss."""
+    net, x, y = trained(relax, "grad", seed)
+    chosen = experiments.tuned("digits")[relax, "grad"]
+    own = {k: chosen[k] for k in ("alpha", "lam") if k in chosen}
+    loss = train.robust_loss(net, x, y, experiments.TABLES["digits"]["eps"], relax,
+                             skip_stable=True, **own)
+    return loss, nn.utils.parameters_to_vector(net.parameters()).detach()
+
+
+def rough_at_home(relax, seed, lines=6, points=81, reach=0.1, sigma=0.01):
+    """Of that loss at its own weights: (largest jump, deviation from convexity), means over random
+    lines in units of the loss, and the noise of its gradient: the standard deviation at weights
+    perturbed by sigma, in units of the mean."""
+    loss, theta = own_loss(relax, seed)
+    ts, generator = np.linspace(-reach, reach, points), torch.Generator().manual_seed(seed)
+    directions = torch.randn(lines, len(theta), generator=generator)
+    unit = loss(theta[None]).item()
+    jump, _, convexity = np.mean([roughness(smoothed(loss, theta, d, ts, 0, 1) / unit)
+                                  for d in directions], 0)
+    noise = gls.relative_error(lambda: gls.rgs(loss, theta, sigma, 1, generator), runs=32)
+    return jump, convexity, noise.item()
+
+
+def figure_9(seeds=2):
+    """What RGS gained is read from the table of the digits, which has more seeds."""
+    grid = tables.table_cells("digits")
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3), sharey=True)
+    for relax in ("box", "crown-ibp", "deeppoly", "sabr", "mtl-ibp"):
+        found = np.array([rough_at_home(relax, seed) for seed in range(seeds)])
+        gain, error = tables.contrast(*([tables.percent(grid[relax, opt], "certified")]
+                                        for opt in ("rgs", "grad")))
+        print(f"{relax}: gain {gain:+.1f} ± {error:.1f}  " + "  ".join(
+            f"{a:.3g} ({b:.3g} to {c:.3g})" for a, b, c in
+            zip(found.mean(0), found.min(0), found.max(0))), flush=True)
+        for ax, values in zip(axes, found.T):
+            ax.errorbar(values.mean(), gain, error, np.abs(values[[0, -1]] - values.mean()).max(),
+                        fmt="o", color=COLOR[relax], capsize=2, label=NAME[relax])
+    for ax, title in zip(axes, ("largest jump, of the loss", "deviation from convexity, of the loss",
+                                "noise of the gradient, of its mean")):
+        ax.axhline(0, color="grey", lw=0.8, ls=":")
+        ax.set(xlabel=title)
+    axes[0].set_xscale("symlog", linthresh=1e-5)
+    axes[0].set_ylabel("certified by RGS less\nby plain gradient, points")
+    axes[2].legend(fontsize=7)
+    save(fig, "9-gain")
+
+
+FIGURES = (figure_1, figure_2, figure_3, figure_4, figure_5, figure_6, figure_7, figure_8,
+           figure_9)
 
 
 def main(argv=None):

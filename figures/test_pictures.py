@@ -40,7 +40,7 @@ def test_two_runs_are_drawn_with_their_numbers(runs):
     assert {"box", "crown-ibp", "robust loss in training"} <= set(shown(curves))
     assert not (runs / "crown-ibp" / "curves.svg").exists()
     net, config, _ = train.load_run(runs / "box")
-    x = train.load_dataset("digits").x_test[:100]
+    x = load_dataset("digits").x_test[:100]
     found = pictures.layers(config, net, x)
     bars = shown(runs / "box" / "layers.svg")
     for shares, widths in found.values():

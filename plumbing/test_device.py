@@ -21,6 +21,7 @@ import gls
 import relaxations
 import train
 from plumbing import precision
+from plumbing.data import load_dataset
 from plumbing.for_tests import command, stop_at, weights
 from relaxations import margin_lower_bounds, preactivation_bounds
 
@@ -181,7 +182,7 @@ def test_a_run_that_stops_goes_on_and_can_be_read_on_the_cpu(tmp_path, monkeypat
 
 def test_verdicts_are_those_of_the_cpu():
     net = deepcopy(NETS["small"])
-    data = train.load_dataset("digits")
+    data = load_dataset("digits")
     x, y = data.x_test[:12], data.y_test[:12]
     net.load_state_dict(trained())
     found = []
@@ -202,7 +203,7 @@ def trained(epochs=6):
     """Weights of a small network that certifies some digits, trained on the CPU."""
     torch.manual_seed(0)
     net = train.build_network("small", (1, 8, 8), 10)
-    data = train.load_dataset("digits")
+    data = load_dataset("digits")
     theta = nn.utils.parameters_to_vector(net.parameters()).detach()
     optimizer = torch.optim.Adam([theta], lr=1e-2)
     for epoch in range(epochs):
@@ -215,7 +216,7 @@ def trained(epochs=6):
 
 
 def test_an_evaluation_is_that_of_the_cpu():
-    net, data = deepcopy(NETS["small"]), train.load_dataset("digits")
+    net, data = deepcopy(NETS["small"]), load_dataset("digits")
     net.load_state_dict(trained())
     x, y = data.x_test[:40], data.y_test[:40]
     here, there = (train.evaluate(deepcopy(net).to(device), x.to(device), y.to(device), 0.05)
