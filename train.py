@@ -15,6 +15,8 @@ letters as in relaxations.py.  Expected from the first command on 2 CPU cores: s
 import math
 from contextlib import ExitStack
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -23,23 +25,25 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import gls
+from plumbing.attack import attack, forward_margin, margins_of, smallest
 from plumbing.checks import check_problem, check_whole
 from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
                               not_negative, parser_of, pick_device, positive, positive_unit,
                               refuse_others, run, show_training, table, unit, warn_without_effect,
                               with_defaults)
-from plumbing.data import (augment, by_data, dataset_kind, dataset_name, hold_out,
+from plumbing.data import (augment, by_data, dataset_kind, dataset_name, hold_out, load_dataset,
                            statistics_of)
 from plumbing.evaluations import comparison, write_evaluation
 from plumbing.networks import (NETWORKS, build_network, from_config, ibp_init, is_file, net_name,
                                new_network, update_batchnorm)
 from plumbing.processes import average, members_of_each, parts_of, process_group, ranks, summed
 from plumbing.reading import flat_layers
-from plumbing.rounding import ball, check_finite, first_not_finite, in_float64, unit_of
+from plumbing.rounding import check_finite, first_not_finite, in_float64, unit_of
 from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, is_finished,
                            lengthen, locked, new_folder, read_checkpoint, recording, restored,
                            run_folder)
 from plumbing.timing import lengths_of, seconds_at
+from plumbing.weights import read_weights
 from relaxations import (AFFINE, RELAXATIONS, RESHAPE, SLOPES, margin_lower_bounds,
                          preactivation_bounds, read_network)
 
@@ -116,6 +120,7 @@ SETTINGS = {
     "slope": Setting("adaptive", tuple(SLOPES), "lower slope of an unstable ReLU, where bounds "
                      "substitute: that of the smaller area; 0; 1; that of the upper line",
                      "Singh et al. 2019"),
+    "weights": Setting(None, str, "start from a state_dict in this file; default: from --init"),
     "skip_stable": Setting(True, bool,
                            "deeppoly, alpha-crown: back-substitute unstable neurons only",
                            "here: faster, and certifies as much (benchmarks/)"),
@@ -131,8 +136,8 @@ SETTINGS = {
     "test_subset": Setting(None, count(1), "test on the first N test images; default: all"),
     "out": Setting(None, str, "the run folder; default: runs/DATASET-NET-RELAX-OPT"),
     "resume": Setting(None, run_folder, "go on with the run in this folder, from its last "
-                      "checkpoint, or for more --epochs; of other options only --dataset, "
-                      "--data-dir and --device may be given"),
+                      "checkpoint, or for more --epochs; beside these, only --dataset, --data-dir "
+                      "and --device may be given"),
 }
 
 
@@ -251,7 +256,8 @@ def last_part(net, relus):
 def worst_points(margins, l, u, classes, steps=8):
     """Points (P, B, K, ...) of boxes (P, B, 1, ...), the k-th with the least of margins(points),
     (P, B, K), that PGD met from the centre on (the authors' start at random points)."""
-    z = ((l + u) / 2).expand(-1, -1, classes, *l.shape[3:])
+    centre, own = (l + u) / 2, [1] * (l.dim() - 3)                   # own: axes of a point
+    z = centre.expand(-1, -1, classes, *l.shape[3:])
     best, least = z, z.new_full(z.shape[:3], torch.inf)
     for step in range(steps + 1):
         z = z.clamp(l, u).detach().requires_grad_()
@@ -259,7 +265,7 @@ def worst_points(margins, l, u, classes, steps=8):
             found = margins(z)
         better = found.detach() < least
         least = torch.where(better, found.detach(), least)
-        best = torch.where(better.view(*better.shape, *[1] * (z.dim() - 3)), z.detach(), best)
+        best = torch.where(better.view(*better.shape, *own), z.detach(), best)
         if step < steps:
             slopes = torch.autograd.grad(found.sum(), z)[0]
             z = z - max(0.2, 2 / steps) * (u - l) * slopes.sign()
@@ -326,11 +332,8 @@ def small_box(x, points, eps, lam):
 
 
 def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa=0.0, l1=0.0,
-                regularize=0.0, skip_stable=False, slope="adaptive", beta=1.0,
-                alpha=SETTINGS["alpha"].default, lam=SETTINGS["lam"].default,
-                split=SETTINGS["split"].default, expand=SETTINGS["expand"].default,
-                slope_steps=SETTINGS["slope_steps"].default, certified=None, weight=1.0,
-                total=lambda t: t):
+                regularize=0.0, skip_stable=False, slope="adaptive", beta=1.0, alpha=0.1, lam=0.4,
+                split=1, expand=5.0, slope_steps=3, certified=None, weight=1.0, total=lambda t: t):
     """The loss of a minibatch as a function (P, D) -> (P,) of parameter vectors, for gls.py.
 
         (1 - kappa) E[CE(-m, y)] + kappa E[CE(logits, y)] + l1 |weights|_1 + regularize * (...)
@@ -347,14 +350,14 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
         center, radius = small_box(x, points, eps, lam)
     outputs = "box" if relax in BASELINES else relax
     neurons = "deeppoly" if relax == "alpha-crown" else outputs
+    bounds_of = partial(preactivation_bounds, slope=slope, skip_stable=skip_stable)
+    margins_by = partial(margin_lower_bounds, slope=slope, steps=slope_steps)
 
     def losses(thetas):
         params = unflatten(thetas, net)
-        bounds = preactivation_bounds(net, center, radius, neurons, params, slope=slope,
-                                      skip_stable=skip_stable)
-        margins = lambda relax: margin_lower_bounds(net, center, y, radius, relax, params,
-                                                    slope=slope, intermediate=bounds,
-                                                    steps=slope_steps)
+        bounds = bounds_of(net, center, radius, neurons, params)
+        margins = lambda relax: margins_by(net, center, y, radius, relax, params,
+                                           intermediate=bounds)
         logits = lambda x: vmap(lambda p: functional_call(net, p, (x,)))(params)    # (P, B, K)
         m = margins(outputs)                                                        # (P, B, K)
         if relax == "crown-ibp" and beta < 1:
@@ -366,7 +369,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
             value = 1 - is_certified.to(m.dtype)
         elif relax in ("taps", "staps"):
             a = latent_margins(net, params, bounds, y, m.shape[-1], split, expand)
-            value = BASELINES[relax](m, a, alpha)
+            value = taps(m, a, alpha)
         elif relax in ATTACKING:
             value = BASELINES[relax](m, margins_of(logits(points), y), alpha)
         else:
@@ -385,34 +388,16 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
 
 def size_of_weights(params):
     """The sum of the absolute weights, without biases: (P,)."""
-    return sum(w.abs().flatten(1).sum(1) for w in params.values() if w.dim() > 2)
+    weights = [w for w in params.values() if w.dim() > 2]
+    return sum(w.abs().flatten(1).sum(1) for w in weights)
 
 
-# ------------------------------------------------------------------------- attack and evaluation
+# ------------------------------------------------------------------------------------- evaluation
 
 CLOSE = 1e-4     # margins nearer to zero, relative to the largest if that exceeds 1, need float64
 # How certification uses DeepPoly: only the neurons that intervals leave unstable are substituted.
 # Faster on trained networks, and on those tried about as tight: see benchmarks/README.md.
 CERTIFY = {"box": {}, "crown-ibp": {}, "deeppoly": dict(skip_stable=True)}
-
-
-def margins_of(logits, y):
-    """logit[y] - logit[k], (..., B, K)."""
-    return logits.gather(-1, y.expand(logits.shape[:-1])[..., None]) - logits
-
-
-def smallest(margins, y):
-    """The smallest entry k != y of margins (..., B, K): (..., B)."""
-    label = F.one_hot(y, margins.shape[-1]).bool()
-    return margins.masked_fill(label, torch.inf).amin(-1)
-
-
-@torch.no_grad()
-def forward_margin(net, x, y):
-    """min over k != y of logit[y] - logit[k], in float64: (B,). Correct means positive."""
-    net, x, y = in_float64(net, x, y)
-    logits = torch.cat([net(part) for part in x.split(500)])
-    return smallest(margins_of(logits, y), y)
 
 
 @torch.no_grad()
@@ -428,52 +413,6 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
         again = certified_margin(*in_float64(net, x[close], y[close]), eps, relax, batch, **options)
         bound[close] = again.to(bound)
     return bound
-
-
-def descend(net, x, y, eps, steps, target=None, start=None):
-    """Projected gradient descent (PGD, Madry et al. 2018) on the smallest margin, from x; or on
-    that to the class target (B,), from so far between the ends of the ball, start in [0, 1].
-
-    Returns the worst points on the way, (B, ...), exactly inside the ball, and their margins (B,).
-    """
-    low, high = ball(x, eps)
-    z = x if start is None else low + (high - low) * start
-    best, best_margin = x.clone(), x.new_full([len(x)], torch.inf)
-    for k in range(steps + 1):
-        z = z.detach().clamp(low, high).requires_grad_()
-        margins = margins_of(net(z), y)
-        worst = smallest(margins, y)
-        better = worst.detach() < best_margin
-        best_margin = torch.where(better, worst.detach(), best_margin)
-        best[better] = z.detach()[better]
-        if k < steps:
-            goal = worst if target is None else margins.gather(1, target[:, None])
-            step = eps * (0.25 if k < steps / 2 else 0.1 if k < 3 * steps / 4 else 0.02)
-            z = z - step * torch.autograd.grad(goal.sum(), z)[0].sign()
-    return best, best_margin
-
-
-def restarts_of(net, x, y, restarts, seed):
-    """(target, start) of so many descents: the first lowers the smallest margin, r > 0 that to the
-    r-th runner-up class, from a random start, the same for all samples: what is found for one does
-    not depend on the others."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        logits = torch.cat([net(part) for part in x.split(500)])
-    ranking = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
-    for r in range(restarts):                              # y is last in the ranking
-        start = torch.rand(x.shape[1:], generator=generator).to(x)
-        yield (ranking[:, (r - 1) % (ranking.shape[1] - 1)], start) if r else (None, None)
-
-
-def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
-    """The worst points that so many descents find, (B, ...), exactly inside the ball."""
-    best, lowest = x.clone(), x.new_full([len(x)], torch.inf)
-    for target, start in restarts_of(net, x, y, restarts, seed):
-        points, margins = descend(net, x, y, eps, steps, target, start)
-        better = margins < lowest
-        best[better], lowest = points[better], torch.where(better, margins, lowest)
-    return best
 
 
 def evaluate(net, x, y, eps, batch=500, progress=lambda line: None, slope="adaptive"):
@@ -648,11 +587,12 @@ def fit(net, x, y, device="auto", show=None, **settings):
     others are those of --dataset PATH.npz.  show(line) is called once a step.
     Writes nothing, sets no signal handler, and runs in any thread. Raises ValueError.
     """
-    config = complete(checked(SETTINGS, settings, "dataset net data_dir subset validation "
-                              "test_subset out resume".split()) | dict(dataset="own.npz"))
+    given = checked(SETTINGS, settings, "dataset net data_dir subset validation test_subset weights "
+                    "normalize out resume".split())
+    config = complete(given | dict(dataset="own.npz"))
     device, net = pick_device(device), net.eval()
     logits, = read_network(net, x.shape[1:]).shapes[-1]
-    config |= dict(input_shape=list(x.shape[1:]), classes=logits, device=str(device), augment=False)
+    config |= dict(input_shape=list(x.shape[1:]), classes=logits, device=str(device))
     if settings.get("init") == "ibp":
         ibp_init(net)
     config["members"] = members_of_each(net, config)
@@ -676,6 +616,8 @@ def new_run(config, data, device):
     config["statistics"] = statistics_of(data, config)
     torch.manual_seed(config["seed"])
     net = new_network(config, LAYERS, read_network)
+    if config["weights"]:
+        read_weights(Path(config["weights"]), net)
     if "taps" in config["relax"]:
         last_part(net, config["split"])                                  # or one line says why not
     config["members"] = members_of_each(net, config)
@@ -702,12 +644,12 @@ def main(argv=None):
         else:
             check_unchanged(data, config | dict(epochs=saved["epochs"]))
             lengthen(resumed, net, saved, config, training)
-        train_and_show(net.to(device), config, training, data, device)
+        show = stack.enter_context(Progress())
+        train_and_show(net.to(device), config, training, data, device, show)
 
 
-def train_and_show(net, config, training, data, device):
+def train_and_show(net, config, training, data, device, show):
     """Train, from the start or from where training was, and print the table of the test images."""
-    show = Progress()
     print(header(config, data, net), flush=True)
     x, y = data.x_train[:config["subset"]], data.y_train[:config["subset"]]
     seconds = None

@@ -43,6 +43,7 @@ PASSED = {}              # {test: (seconds, "FILE:LINE" of the functions that it
 def pytest_runtest_call(item):
     if "MUTANTS_RECORD" not in os.environ:
         return (yield)
+    folder = item.config.rootpath       # the copy's own; HERE is not, in the copy
     calls, start = set(), time.time()
     note = lambda frame, event, arg: calls.add(frame.f_code)          # None: no event for its lines
     sys.settrace(note)
@@ -51,8 +52,8 @@ def pytest_runtest_call(item):
     finally:
         sys.settrace(None)
     PASSED[item.nodeid] = time.time() - start, sorted(
-        f"{Path(code.co_filename).name}:{code.co_firstlineno}" for code in calls
-        if Path(code.co_filename).parent == item.config.rootpath)      # HERE is not that of the copy
+        f"{Path(code.co_filename).relative_to(folder)}:{code.co_firstlineno}" for code in calls
+        if Path(code.co_filename).parent in (folder, folder / "plumbing"))
     return result
 
 
@@ -120,7 +121,7 @@ def outcome(mutant, tests, folder):
     (folder / mutant.file).write_text(mutant.source)
     start, limit = time.time(), 60 + 3 * sum(seconds for seconds, _ in tests.values())
     printed = run_tests(folder, limit, MUTANTS_ORDER=str(folder / "order.json"))
-    shutil.copy(HERE / mutant.file, folder)
+    shutil.copy(HERE / mutant.file, folder / mutant.file)
     if printed:
         found = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", printed, re.M)
         noticed = found[1] if found else "pytest ends without a result"

@@ -91,8 +91,7 @@ def rates(*lrs, **others):
 TABLES = {
     "digits": dict(
         common=dict(dataset="digits", net="small", epochs=40, ramp=16, milestones=(30, 36)),
-        eps=0.1,
-        methods=GRID + BASELINES + [("alpha-crown", "grad"), ("alpha-crown", "rgs")] + TAPS,
+        eps=0.1, methods=GRID + BASELINES + [("alpha-crown", "grad"), ("alpha-crown", "rgs")],
         seeds=5, tries=8, validation=237, samples=None, timeout=30,
         sweeps={"sigma": ((0.001, 0.003, 0.01, 0.03, 0.1),
                           [(r, "rgs") for r in ("box", "deeppoly")]
@@ -154,6 +153,15 @@ TABLES = {
         methods=FEW, tries=rates(0.005, sigma=0.01, alpha=0.004, lam=0.1), samples=1000, timeout=5,
         sweep_seeds=3,
         sweeps={"sigma": ((0.003, 0.01, 0.03), [("box", "rgs"), ("deeppoly", "rgs")])}),
+}
+
+DIGITS = TABLES["digits"] | dict(sweeps={})
+DEEPZ = {"slope": "parallel", "no-skip-stable": ()}
+TABLES |= {   # the table of the digits, with what came later; tuned alike
+    "digits-taps": DIGITS | dict(methods=TAPS),
+    "digits-deepz": DIGITS | dict(methods=[("deeppoly", opt) for opt in ("grad", "rgs", "pgpe")],
+                                  common=DIGITS["common"] | DEEPZ),
+    "digits-long-taps": TABLES["digits-long"] | dict(methods=TAPS, sweeps={}),
 }
 
 

@@ -74,6 +74,7 @@ def results_table(name):
 
 
 TITLE = {"digits": "digits", "digits-long": "digits, longer",
+         "digits-taps": "digits", "digits-long-taps": "digits, longer",
          "mnist-small-0.1": "MNIST, 0.1, small", "mnist-cnn3-0.1": "MNIST, 0.1",
          "mnist-cnn3-0.3": "MNIST, 0.3",
          "cifar10-cnn3": "CIFAR-10, 2/255"}

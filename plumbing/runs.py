@@ -26,6 +26,7 @@ import torch
 
 from plumbing.console import InputError, Interrupted, defaults, duration, warn
 from plumbing.data import check_zip, dataset_kind, hold_out, load_dataset
+from plumbing.networks import is_file
 from plumbing.processes import any_process, check_agreement, from_first, ranks
 from plumbing.timing import time_left
 
@@ -242,8 +243,8 @@ def new_folder(config, net, settings=MappingProxyType({})):
 
 # Settings that no name of a folder tells: those it has anyway, and those of size, place and speed.
 UNTOLD = {"dataset", "net", "relax", "opt", "epochs", "ramp", "milestones", "members",
-          "skip_stable", "device", "data_dir", "subset", "validation", "test_subset", "out",
-          "resume"}
+          "skip_stable", "weights", "device", "data_dir", "subset", "validation", "test_subset",
+          "out", "resume"}
 
 
 def told_apart(config, settings):
@@ -252,12 +253,14 @@ def told_apart(config, settings):
         return []
     usual = defaults(settings, dataset_kind(config["dataset"]), config["opt"])
     usual["eps_train"] = config["eps"]
+    if is_file(config["net"]):
+        usual["init"] = "default"
     words = []
     for name in settings:
         value = config.get(name, usual[name])
         if name not in UNTOLD and value != usual[name]:
             no = "no-" * (value is False)
-            text = f"{value:.4g}" if type(value) in (int, float) else str(value)
+            text = f"{value:.4g}" if type(value) in (int, float) else Path(str(value)).stem
             words.append(no + name.replace("_", "-") + text * (type(value) is not bool))
     return words
 

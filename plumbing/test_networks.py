@@ -1,4 +1,4 @@
-"""Networks as data: any accepted network is kept and built again; a file runs only when it is named."""
+"""Networks as data: any accepted one is kept and built again; a file runs only when it is named."""
 import threading
 from pathlib import Path
 
@@ -39,9 +39,10 @@ RUN = ("--net own.py:net --epochs 2 --ramp 1 --milestones 1 --subset 90 --batch-
 
 
 def everything():
-    """A network of nearly all classes that are accepted, with settings that are not the defaults."""
-    body = nn.Sequential(nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
-                         nn.ReLU(inplace=True), nn.AvgPool2d(3, 2, 1, count_include_pad=False))
+    """A network of nearly all classes that are accepted, with settings that are no defaults."""
+    body = nn.Sequential(
+        nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
+        nn.ReLU(inplace=True), nn.AvgPool2d(3, 2, 1, count_include_pad=False))
     return nn.Sequential(
         nn.BatchNorm2d(2, eps=0.0, affine=False), nn.ZeroPad2d((1, 0, 2, 1)), body,
         nn.Upsample(scale_factor=2), nn.Conv2d(4, 3, 3, dilation=2, bias=False), nn.BatchNorm2d(3),
@@ -76,14 +77,24 @@ CIRCLE.append(["0", "Sequential", CIRCLE])
     [["a.b", "ReLU", {}]], [[0, "ReLU", {}]],
     [["0", "Upsample", dict(scale_factor=1e5)]], [["0", "ZeroPad2d", dict(padding=10 ** 9)]],
     [["0", "Upsample", dict(size=(10 ** 30, 4))]], [["0", "Sequential", {"a": 1}]],
-    [["0", "AvgPool2d", dict(kernel_size=0)]], [["0", "Linear", dict(in_features=-1, out_features=3)]]])
+    [["0", "AvgPool2d", dict(kernel_size=0)]],
+    [["0", "Linear", dict(in_features=-1, out_features=3)]]])
 def test_what_describes_no_network_is_one_line(layers, tmp_path):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     config = dict(layers=layers, input_shape=[1, 8, 8], classes=10, net="own.py:net")
     save_checkpoint(tmp_path, net, config)
+    with pytest.raises((ValueError, TypeError, KeyError, RuntimeError, AttributeError)):
+        networks.from_description(layers, train.LAYERS, (1, 8, 8))
     with pytest.raises(InputError) as error:
         train.load_run(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_settings_of_no_layer_are_refused_before_anything_is_built():
+    layers = [["0", "Flatten", {}],
+              ["1", "Linear", dict(in_features=64, out_features=10, device="cpu")]]
+    with pytest.raises(ValueError, match="settings that Linear does not have"):
+        networks.from_description(layers, train.LAYERS, (1, 8, 8))
 
 
 def test_a_network_of_ones_own_trains_goes_on_and_is_certified_without_its_file(
@@ -135,6 +146,27 @@ def test_the_weights_of_a_network_of_ones_own_are_kept_unless_init_is_given(tmp_
     assert stds[1] == pytest.approx((2 * torch.pi) ** 0.5 / 9, rel=0.3)
 
 
+def test_training_starts_from_given_weights_and_certify_takes_them_too(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    assert command(train.main, *RUN.split(), "--out", "first") == 0
+    torch.save(weights("first"), "first.pt")
+    more = ["--weights", "first.pt", "--epochs", 0, "--init", "ibp", "--out", "second"]
+    assert command(train.main, *RUN.split(), *more) == 0
+    for k, t in weights("first").items():
+        assert torch.equal(t, weights("second")[k]), k
+    Path("first.pt").unlink()
+    assert command(train.main, "--resume", "second", "--epochs", 1) == 0
+    assert any(not torch.equal(t, weights("second")[k]) for k, t in weights("first").items())
+    torch.save(weights("second"), "second.pt")
+    assert command(certify.main, "--weights", "second.pt", "--net", "own.py:net", "--dataset",
+                   "digits", "--samples", 3, "--eps", 0.01, "--slope", "parallel") == 0
+    assert command(train.main, "--weights", "gone.pt", "--out", "third") == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "gone.pt" in err and not Path("third").exists()
+
+
 def test_fit_is_a_run_without_a_folder_in_any_thread(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = "--net small --epochs 2 --ramp 1 --subset 90 --batch-size 40 --test-subset 5 --out run"
@@ -153,6 +185,15 @@ def test_fit_is_a_run_without_a_folder_in_any_thread(tmp_path, monkeypatch):
         assert torch.equal(t, net.state_dict()[k]), k
     assert list(Path().iterdir()) == before
     assert [f"{row['loss']:.6g}" for row in out[0]] == [row.split(",")[4] for row in rows]
+
+
+def test_a_run_may_be_in_a_thread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, out = "--net mlp --epochs 1 --ramp 0 --subset 40 --test-subset 5".split(), []
+    thread = threading.Thread(target=lambda: out.append(command(train.main, *words)))
+    thread.start()
+    thread.join()
+    assert out == [0]
 
 
 @pytest.mark.parametrize("settings, words", [
