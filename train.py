@@ -708,12 +708,12 @@ def main(argv=None):
         else:
             check_unchanged(data, config | dict(epochs=saved["epochs"]))
             lengthen(resumed, net, saved, config, training)
-        train_and_show(net.to(device), config, training, data, device)
+        show = stack.enter_context(Progress())
+        train_and_show(net.to(device), config, training, data, device, show)
 
 
-def train_and_show(net, config, training, data, device):
+def train_and_show(net, config, training, data, device, show):
     """Train, from the start or from where training was, and print the table of the test images."""
-    show = Progress()
     print(header(config, data, net), flush=True)
     x, y = data.x_train[:config["subset"]], data.y_train[:config["subset"]]
     seconds = None

@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -218,20 +219,42 @@ def count(low, high=10 ** 9):
 
 class Progress:
     """One line that rewrites itself on a terminal; elsewhere a line at most every 10 seconds, but
-    every 3 in the first minute."""
+    every 3 in the first minute. In a with block a line that stays is shown again as often, with its
+    age: nothing is silent for long."""
 
     def __init__(self):
         self.terminal, self.last, self.begun = sys.stdout.isatty(), 0.0, time.time()
+        self.line, self.given, self.over = "", time.time(), threading.Event()
 
     def __call__(self, line, force=False):
-        every = 0.2 if self.terminal else 3.0 if time.time() < self.begun + 60 else 10.0
-        if force or time.time() - self.last >= every:
-            print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n",
-                  flush=True)
-            self.last = time.time()
+        self.line, self.given = line, time.time()
+        if force or time.time() - self.last >= (0.2 if self.terminal else self.every()):
+            self.put(line, "" if self.terminal else "\n")
+
+    def every(self):
+        return 3.0 if time.time() < self.begun + 60 else 10.0
+
+    def put(self, line, end):
+        print(f"\r{line}\033[K" if self.terminal else line, end=end, flush=True)
+        self.last = time.time()
 
     def done(self, line):
-        print(f"\r{line}\033[K" if self.terminal else line, flush=True)
+        self.line = ""
+        self.put(line, "\n")
+
+    def __enter__(self):
+        threading.Thread(target=self.tick, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+
+    def tick(self):
+        while not self.over.wait(0.5):
+            now, every = time.time(), 3.0 if self.terminal else self.every()
+            if self.line and now - self.given >= 2.5 and now - self.last >= every - 0.5:
+                age = f"  ({now - self.given:.0f} s ago)"
+                self.put(self.line + age, "" if self.terminal else "\n")
 
 
 def header(config, data, net):

@@ -129,7 +129,8 @@ def python2_pickle(pixels, labels):
              + word(b"b") + b"\x87q\x05Rq\x06(K\x01M" + len(pixels).to_bytes(2, "little")
              + b"M\x00\x0c\x86q\x07cnumpy\ndtype\nq\x08" + word(b"u1")
              + b"K\x00K\x01\x87q\x09Rq\x0a(K\x03" + word(b"|")
-             + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T" + pixels.size.to_bytes(4, "little") + pixels.tobytes() + b"tb")
+             + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
+             + pixels.size.to_bytes(4, "little") + pixels.tobytes() + b"tb")
     return (b"\x80\x02}q\x01(" + word(b"batch_label") + word(b"training batch 1 of 5")
             + word(b"labels") + b"]q\x02(" + b"".join(b"K" + bytes([k]) for k in labels) + b"e"
             + word(b"data") + array + word(b"filenames") + b"](" + names + b"eu.")

@@ -260,7 +260,7 @@ def told_apart(config, settings):
         value = config.get(name, usual[name])
         if name not in UNTOLD and value != usual[name]:
             no = "no-" * (value is False)
-            text = f"{value:.4g}" if type(value) in (int, float) else str(value)
+            text = f"{value:.4g}" if type(value) in (int, float) else Path(str(value)).stem
             words.append(no + name.replace("_", "-") + text * (type(value) is not bool))
     return words
 

@@ -120,3 +120,11 @@ def test_progress_is_never_silent_for_long_in_the_first_minute(monkeypatch, caps
         now[0] += 0.5
     gaps = [b - a for a, b in zip(seen, seen[1:])]
     assert max(gaps[:19]) <= 3 and max(gaps) <= 10 and min(gaps) >= 3
+
+
+def test_a_line_that_stays_is_shown_again(capsys):
+    with console.Progress() as show:
+        show("attacking")
+        console.time.sleep(3.6)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "attacking" and any(line.startswith("attacking  (") for line in lines)

@@ -6,9 +6,11 @@ import json
 import os
 import pickle
 import resource
+import sys
 import tarfile
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +251,52 @@ def test_what_is_probably_a_mistake_is_one_line_of_warning(tmp_path, capsys, cha
     err = capsys.readouterr().err
     assert err.count("\n") == bool(words) and all(word in err for word in words)
     assert data.y_train.shape == (12,)
+
+
+def test_own_data_is_normalised_and_augmented_if_asked(tmp_path):
+    npz(tmp_path / "own.npz")
+    data = train.load_dataset(str(tmp_path / "own.npz"))
+    words = ["--dataset", str(tmp_path / "own.npz"), "--net", "mlp"]
+    _, plain = train.new_run(train.parse_config(words), data, torch.device("cpu"))
+    assert (plain["augment"], plain["statistics"]) == (False, None)
+    net, config = train.new_run(train.parse_config([*words, "--normalize", "--augment"]), data,
+                                torch.device("cpu"))
+    assert config["augment"] and isinstance(net[0], nn.BatchNorm2d)
+    x = net[0](data.x_train)
+    assert x.mean((0, 2, 3)).abs().max() < 1e-3 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    cifar = train.parse_config(["--dataset", "cifar10", "--no-normalize", "--no-augment"])
+    net, config = train.new_run(cifar, data, torch.device("cpu"))
+    assert not config["augment"] and isinstance(net[0], nn.Conv2d)
+
+
+def test_the_script_of_the_page_writes_tiny_imagenet(tmp_path, monkeypatch):
+    Image = pytest.importorskip("PIL.Image")
+    root, random = tmp_path / "tiny-imagenet-200", np.random.default_rng(0)
+    names = [f"n{i:08}" for i in range(200)]
+    pixels = random.integers(0, 256, (400, 8, 8, 3)).astype(np.uint8)
+    def save(image, path):                                       # PNG keeps pixels; some are grey
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path, format="PNG")
+    for i, name in enumerate(names):
+        save(pixels[i], root / f"train/{name}/images/{name}_0.JPEG")
+        image = pixels[200 + i, :, :, 0] if i == 7 else pixels[200 + i]
+        save(image, root / f"val/images/v{i}.JPEG")
+    (root / "wnids.txt").write_text("\n".join(random.permutation(names)) + "\n")
+    (root / "val/val_annotations.txt").write_text(
+        "".join(f"v{i}.JPEG\t{name}\t0\t0\t62\t62\n" for i, name in enumerate(names)))
+    page = Path(train.__file__).parent / "docs/runs.md"
+    script = page.read_text().split("<!-- script tiny-imagenet -->\n```py\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script", str(root)])
+    exec(script, {})
+    data = train.load_dataset("tiny-imagenet.npz")
+    assert data.classes == 200 and data.x_train.shape == data.x_test.shape == (200, 3, 8, 8)
+    assert data.y_train.tolist() == data.y_test.tolist() == list(range(200))
+    assert np.array_equal((data.x_train * 255).round().numpy().transpose(0, 2, 3, 1), pixels[:200])
+    assert (data.x_test[7] == data.x_test[7, :1]).all()
+    args = "--dataset tiny-imagenet.npz --eps 1/255 --augment --normalize --net mlp --relax box"
+    assert command(train.main, *args.split(), "--epochs", 1, "--ramp", 1, "--out", "run") == 0
+    assert command(certify.main, "run", "--samples", 3, "--timeout", 1, "--restarts", 1) == 0
 
 
 def test_files_that_are_no_npz(tmp_path):

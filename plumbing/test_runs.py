@@ -237,6 +237,25 @@ def test_a_run_is_also_named_by_its_checkpoint(tmp_path, monkeypatch, capsys):
     assert train.load_run("run/checkpoint.pt")[1]["out"] == "run"
 
 
+def test_an_interrupt_is_answered_at_once(tmp_path, monkeypatch, capfd):
+    stop_at(monkeypatch, (2,), signal.SIGINT)
+    assert command(train.main, "--out", tmp_path / "run", *QUICK) == 130
+    assert "finishing this batch; once more ends at once" in capfd.readouterr().err
+
+
+def test_a_norm_that_overflows_is_named_so(tmp_path, monkeypatch, capsys):
+    """The gradient is finite, but the sum of its squares is not, in float32."""
+    monkeypatch.setattr(train, "estimate", lambda losses, theta, *_: (
+        theta.new_tensor(2.0), torch.full_like(theta, 1e25), None))
+    assert command(train.main, "--out", tmp_path / "run", *QUICK) == 1
+    err = capsys.readouterr().err
+    assert "the gradient is finite, but the sum of its squares is not" in err
+    monkeypatch.setattr(train, "estimate", lambda losses, theta, *_: (
+        theta.new_tensor(2.0), torch.full_like(theta, torch.inf), None))
+    assert command(train.main, "--out", tmp_path / "run2", *QUICK) == 1
+    assert "the gradient of layer 0.weight is not finite" in capsys.readouterr().err
+
+
 def test_progress_and_the_log_by_hand():
     """After 5 of 12 steps in 10 s, of which 2 of 3 steps, 8 images each, since second 4."""
     now = dict(done=5, seconds=10.0, began=4.0, sigma=torch.tensor([0.1, 0.3]),
@@ -305,3 +324,5 @@ def test_the_folder_of_a_run_says_what_differs(tmp_path, monkeypatch):
         "digits-mlp-" + name for name in (
             "deeppoly-rgs", "deeppoly-rgs-sigma0.03", "deeppoly-rgs-seed1", "deeppoly-grad",
             "deeppoly-rgs-eps0.03137-no-antithetic-augment")}
+    config = train.complete(dict(weights="/else/where/net.pt", init="default"))
+    assert runs.told_apart(config, train.SETTINGS) == ["initdefault", "weightsnet"]

@@ -178,7 +178,7 @@ def write_verdicts(path, header, labels, certify, read, title, *, batch=1):
     n, points = len(labels), points_of(path)
     known, file, todo = open_share(path, header, n, read)
     print(title + (f", {len(known)} verdicts already in {path}" if known else ""))
-    show, begun, numbers = Progress(), time.time(), itertools.count(1)
+    begun, numbers = time.time(), itertools.count(1)
 
     def report(v):
         i, done = todo[v.index], next(numbers)
@@ -189,7 +189,8 @@ def write_verdicts(path, header, labels, certify, read, title, *, batch=1):
         left = seconds_left(time.time() - begun, done, len(todo), batch)
         show(f"{len(known)}/{n}  {shown}  {duration(left)} left")
 
-    with file:
+    with file, Progress() as show:
+        show(f"{len(known)}/{n}  attack and bounds of the first images")
         certify(todo, report)
         gather(path, header, known, file, read)
     show.done(f"verdicts in {path}, counterexamples in {points}:")
