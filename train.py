@@ -177,6 +177,8 @@ def build_network(name, input_shape, num_classes, init="ibp", statistics=None):
     for what, value in (("net", name), ("init", init)):
         if value not in SETTINGS[what].limits:
             raise InputError(f"{what} {value!r} is none of {', '.join(SETTINGS[what].limits)}")
+    if num_classes < 2:
+        raise InputError("the images have one class; a margin is between two")
     shape, layers = list(input_shape), []
     if statistics is not None:
         normalize = nn.BatchNorm2d(shape[0], eps=0.0, affine=False)
