@@ -2313,7 +2313,7 @@ def test_a_layer_that_bounds_and_forward_pass_take_for_two_is_named(wrong, monke
     net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Identity(),
                         nn.Sequential(nn.ReLU(), nn.Linear(5, 5), nn.ReLU()), nn.Identity(),
                         nn.Linear(5, 3)).eval().requires_grad_(False)
-    module, layers = net.get_submodule(wrong), []
+    module = net.get_submodule(wrong)
     module.weight += 0.3                               # so that what is below reaches the logits
     marked = module.weight.double()
     forward = nn.Linear.forward
