@@ -1417,12 +1417,13 @@ def test_each_step_of_the_attack_forgets_the_one_before():
     assert is_leaf == [True] * (2 * 5 + 1)
 
 
-@pytest.mark.parametrize("scale", [1, 1e4])
+@pytest.mark.parametrize("scale", [1, 2.0 ** -20, 1e-6, 1e4, 1e6])
 def test_certified_margin_decides_close_calls_in_float64(scale):
     """At 1e4 the float32 bound is wrong by about 1e-3, which is close to 0 though above CLOSE."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 3))
     net[2].weight.data *= scale
+    net[2].bias.data *= scale
     x = torch.rand(20, 50)
     y = net(x).argmax(1)
     of_float32 = 0
@@ -1432,7 +1433,7 @@ def test_certified_margin_decides_close_calls_in_float64(scale):
         close[2].bias.data[y[i]] -= low[0] - 1e-7 * scale             # now the bound is about 0
         problem = close, x[one], y[one], 0.01, "deeppoly"
         exact = train.certified_margin(*train.in_float64(*problem[:3]), *problem[3:])
-        assert exact.abs() < train.CLOSE * scale
+        assert 0 < exact.abs() < train.CLOSE * scale
         assert train.certified_margin(*problem) == exact.float()
         plain = train.smallest(margin_lower_bounds(*problem), y[one]).detach()
         of_float32 += bool(plain != exact.float())
@@ -2237,7 +2238,7 @@ def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, mo
 
     ours, work = verdicts(1.0)
     assert sum(v.stage == "branch-and-bound" for v in ours) > 2 and work > 300
-    for factor in (2.0 ** -20, 2.0 ** 20, 1e-6, 1e-3, 1e3, 1e6):
+    for factor in (2.0 ** -20, 2.0 ** 20, 1e-6, 1e6):
         theirs, more = verdicts(factor)
         assert [v.status for v in theirs] == [v.status for v in ours]
         assert 0.7 * work < more < 1.4 * work
@@ -2245,6 +2246,20 @@ def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, mo
             assert [v.stage for v in theirs] == [v.stage for v in ours]
             for a, b in zip(ours, theirs):
                 assert b.bound / factor == pytest.approx(a.bound, rel=1e-4)
+
+
+def test_what_counts_as_close_does_not_depend_on_a_factor_of_the_last_layer():
+    net, x, y, eps = hard_problem()
+    low = train.certified_margin(net, x, y, 0.7 * eps, "deeppoly")
+    assert 0 < (low > 0).sum() < len(x)
+    for factor in (2.0 ** -20, 2.0 ** 20, 1e-6, 1e-3, 1e3, 1e6):
+        scaled = deepcopy(net)
+        scaled[-1].weight *= factor
+        scaled[-1].bias *= factor
+        again = train.certified_margin(scaled, x, y, 0.7 * eps, "deeppoly")
+        assert torch.equal(again > 0, low > 0)
+        if math.log2(factor) % 1 == 0:
+            assert torch.equal(again, low * factor)        # the same ones from float64
 
 
 def test_rounding_is_no_contradiction_whatever_the_unit_of_the_margins():
@@ -2297,8 +2312,11 @@ def test_what_bounds_refuse_is_refused_in_their_words_and_before_the_attack(monk
     unsupported = nn.Sequential(nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"layer 1 \(Sigmoid\)"):
         certify.certify(unsupported, x, (unsupported(x).argmax(1) + 1) % 4, 0.1)
-    with pytest.raises(ValueError, match="a margin is between two"):
-        certify.certify(nn.Sequential(nn.Linear(6, 1)), x, torch.zeros(3).long(), 0.1)
+    for refusing in (certify.certify, train.evaluate):
+        with pytest.raises(ValueError, match="a margin is between two"):
+            refusing(nn.Sequential(nn.Linear(6, 1)), x, torch.zeros(3).long(), 0.1)
+    with pytest.raises(train.InputError, match="a margin is between two"):
+        train.build_network("mlp", (1, 8, 8), 1)
     net[1].forward = lambda z: z.clamp(min=-0.1)           # the network that runs is another one
     with pytest.raises(ValueError, match=r"layer 1 \(ReLU\) may compute something else"):
         certify.certify(net, x, y, 0.1)
@@ -2314,7 +2332,7 @@ def test_a_layer_that_bounds_and_forward_pass_take_for_two_is_named(wrong, monke
     net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Identity(),
                         nn.Sequential(nn.ReLU(), nn.Linear(5, 5), nn.ReLU()), nn.Identity(),
                         nn.Linear(5, 3)).eval().requires_grad_(False)
-    module, layers = net.get_submodule(wrong), []
+    module = net.get_submodule(wrong)
     module.weight += 0.3                               # so that what is below reaches the logits
     marked = module.weight.double()
     forward = nn.Linear.forward

@@ -198,13 +198,14 @@ def variants(name):
         for m in methods:
             found = [c for c in experiments.read(name) if (c["relax"], c["opt"]) == m
                      and "failed" not in c and c["settings"] == {**best[m], **changed}]
+            if len(found) < 2:                                   # not run yet
+                continue
+            runs = [percent(cells, "certified") for cells in (found, table[m])]
+            d, error = contrast(runs[:1], runs[1:])
             columns = [", ".join(NAME[part] for part in m),
-                       ", ".join(f"{k} {v:g}" for k, v in changed.items()),
-                       spread(percent(found, "certified")) if found else "", str(len(found))]
-            if len(found) > 1:
-                runs = [percent(cells, "certified") for cells in (found, table[m])]
-                d, error = contrast(runs[:1], runs[1:])
-                columns += [f"{d:+.1f}", f"{error:.1f}", f"{permutation_test(*runs):.3f}"]
+                       ", ".join(f"{k} {v:g}" for k, v in changed.items()), spread(runs[0]),
+                       str(len(found)), f"{d:+.1f}", f"{error:.1f}",
+                       f"{permutation_test(*runs):.3f}"]
             lines.append("| " + " | ".join(columns) + " |")
     return lines
 

@@ -106,7 +106,11 @@ def test_a_network_of_ones_own_trains_goes_on_and_is_certified_without_its_file(
     assert executed.read_text() == "x" and run.is_dir()
     assert command(train.main, *RUN.split(), "--epochs", 3, "--out", "long") == 0
     Path("own.py").write_text("raise SystemExit('executed')")
-    assert command(train.main, "--resume", run, "--epochs", 3) == 0
+    with monkeypatch.context() as m:                                 # killed before its first step
+        m.setattr(train, "train", lambda *args, **options: exit(9))
+        assert command(train.main, "--resume", run, "--epochs", 3) == 9
+    assert train.load_run(run)[1]["epochs"] == 3
+    assert command(train.main, "--resume", run) == 0
     for k, t in weights("long").items():
         assert torch.equal(t, weights(run)[k]), k                    # as if it had been planned
     assert train.load_run(run)[1]["epochs"] == 3
