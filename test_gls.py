@@ -1146,6 +1146,7 @@ def test_beta_goes_from_crown_ibp_to_box():
     for beta in (0.0, 0.3, 1.0):
         assert loss_at(net, x, y, 0.05, "crown-ibp", beta=beta) == pytest.approx(
             nn.functional.cross_entropy(-beta * m - (1 - beta) * box, y).item())
+    assert loss_at(net, x, y, 0.05, "deeppoly", beta=0.3) == loss_at(net, x, y, 0.05, "deeppoly")
 
 
 @pytest.mark.parametrize("relax", ["crown-ibp", "deeppoly"])
