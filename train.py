@@ -25,6 +25,7 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import gls
+from plumbing.attack import attack, forward_margin, margins_of, smallest
 from plumbing.checks import check_problem, check_whole
 from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
                               not_negative, parser_of, pick_device, positive, positive_unit,
@@ -37,7 +38,7 @@ from plumbing.networks import (NETWORKS, build_network, from_config, ibp_init, i
                                new_network, update_batchnorm)
 from plumbing.processes import average, members_of_each, parts_of, process_group, ranks, summed
 from plumbing.reading import flat_layers
-from plumbing.rounding import ball, check_finite, first_not_finite, in_float64, unit_of
+from plumbing.rounding import check_finite, first_not_finite, in_float64, unit_of
 from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, is_finished,
                            lengthen, locked, new_folder, read_checkpoint, recording, restored,
                            run_folder)
@@ -391,31 +392,12 @@ def size_of_weights(params):
     return sum(w.abs().flatten(1).sum(1) for w in weights)
 
 
-# ------------------------------------------------------------------------- attack and evaluation
+# ------------------------------------------------------------------------------------- evaluation
 
 CLOSE = 1e-4     # margins nearer to zero, relative to the largest if that exceeds 1, need float64
 # How certification uses DeepPoly: only the neurons that intervals leave unstable are substituted.
 # Faster on trained networks, and on those tried about as tight: see benchmarks/README.md.
 CERTIFY = {"box": {}, "crown-ibp": {}, "deeppoly": dict(skip_stable=True)}
-
-
-def margins_of(logits, y):
-    """logit[y] - logit[k], (..., B, K)."""
-    return logits.gather(-1, y.expand(logits.shape[:-1])[..., None]) - logits
-
-
-def smallest(margins, y):
-    """The smallest entry k != y of margins (..., B, K): (..., B)."""
-    label = F.one_hot(y, margins.shape[-1]).bool()
-    return margins.masked_fill(label, torch.inf).amin(-1)
-
-
-@torch.no_grad()
-def forward_margin(net, x, y):
-    """min over k != y of logit[y] - logit[k], in float64: (B,). Correct means positive."""
-    net, x, y = in_float64(net, x, y)
-    logits = torch.cat([net(part) for part in x.split(500)])
-    return smallest(margins_of(logits, y), y)
 
 
 @torch.no_grad()
@@ -431,52 +413,6 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
         again = certified_margin(*in_float64(net, x[close], y[close]), eps, relax, batch, **options)
         bound[close] = again.to(bound)
     return bound
-
-
-def descend(net, x, y, eps, steps, target=None, start=None):
-    """Projected gradient descent (PGD, Madry et al. 2018) on the smallest margin, from x; or on
-    that to the class target (B,), from so far between the ends of the ball, start in [0, 1].
-
-    Returns the worst points on the way, (B, ...), exactly inside the ball, and their margins (B,).
-    """
-    low, high = ball(x, eps)
-    z = x if start is None else low + (high - low) * start
-    best, best_margin = x.clone(), x.new_full([len(x)], torch.inf)
-    for k in range(steps + 1):
-        z = z.detach().clamp(low, high).requires_grad_()
-        margins = margins_of(net(z), y)
-        worst = smallest(margins, y)
-        better = worst.detach() < best_margin
-        best_margin = torch.where(better, worst.detach(), best_margin)
-        best[better] = z.detach()[better]
-        if k < steps:
-            goal = worst if target is None else margins.gather(1, target[:, None])
-            step = eps * (0.25 if k < steps / 2 else 0.1 if k < 3 * steps / 4 else 0.02)
-            z = z - step * torch.autograd.grad(goal.sum(), z)[0].sign()
-    return best, best_margin
-
-
-def restarts_of(net, x, y, restarts, seed):
-    """(target, start) of so many descents: the first lowers the smallest margin, r > 0 that to the
-    r-th runner-up class, from a random start, the same for all samples: what is found for one does
-    not depend on the others."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        logits = torch.cat([net(part) for part in x.split(500)])
-    ranking = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
-    for r in range(restarts):                              # y is last in the ranking
-        start = torch.rand(x.shape[1:], generator=generator).to(x)
-        yield (ranking[:, (r - 1) % (ranking.shape[1] - 1)], start) if r else (None, None)
-
-
-def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
-    """The worst points that so many descents find, (B, ...), exactly inside the ball."""
-    best, lowest = x.clone(), x.new_full([len(x)], torch.inf)
-    for target, start in restarts_of(net, x, y, restarts, seed):
-        points, margins = descend(net, x, y, eps, steps, target, start)
-        better = margins < lowest
-        best[better], lowest = points[better], torch.where(better, margins, lowest)
-    return best
 
 
 def evaluate(net, x, y, eps, batch=500, progress=lambda line: None, slope="adaptive"):

@@ -51,8 +51,8 @@ def pytest_runtest_call(item):
     finally:
         sys.settrace(None)
     PASSED[item.nodeid] = time.time() - start, sorted(
-        f"{Path(code.co_filename).name}:{code.co_firstlineno}" for code in calls
-        if Path(code.co_filename).parent == HERE)
+        f"{Path(code.co_filename).relative_to(HERE)}:{code.co_firstlineno}" for code in calls
+        if Path(code.co_filename).parent in (HERE, HERE / "plumbing"))
     return result
 
 
@@ -120,7 +120,7 @@ def outcome(mutant, tests, folder):
     (folder / mutant.file).write_text(mutant.source)
     start, limit = time.time(), 60 + 3 * sum(seconds for seconds, _ in tests.values())
     printed = run_tests(folder, limit, MUTANTS_ORDER=str(folder / "order.json"))
-    shutil.copy(HERE / mutant.file, folder)
+    shutil.copy(HERE / mutant.file, folder / mutant.file)
     if printed:
         found = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", printed, re.M)
         noticed = found[1] if found else "pytest ends without a result"
