@@ -333,7 +333,8 @@ def roots(batch):
     problem = pose(batch.net, batch.x, batch.y, eps, unit, bounds)
     trees = [Tree(i, v, margin / unit, batch.settings.tolerance / unit)
              for i, (v, margin) in enumerate(zip(batch.verdicts, batch.upper.tolist()))]
-    slopes, none = SLOPES[batch.settings.slope](problem.l, problem.u), torch.zeros(0)
+    start = SLOPES[batch.settings.slope]
+    slopes, none = start(problem.l, problem.u), torch.zeros(0)
     nodes = []
     for i, (margins, label) in enumerate(zip(batch.low / unit, batch.y)):
         for k, bound in enumerate(margins.tolist()):

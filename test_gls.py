@@ -854,13 +854,13 @@ def test_pgpe_sums_over_the_noise_that_it_evaluated():
 
 
 def test_pgpe_holds_the_noise_of_a_chunk_only():
-    """150 MB above theta and one perturbed copy with D of 5 million float32: 7.5 vectors."""
+    """At most 5.5 vectors beside theta and one perturbed copy: 110 MB for 5 million float32."""
     from torch.distributed._tools.mem_tracker import MemTracker    # private: not in every version
     theta, generator = torch.zeros(50_000), torch.Generator()
     with MemTracker() as tracker:
         gls.pgpe(lambda t: t.sum(1), theta, torch.tensor(0.1), 64, generator, chunk=2)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    assert theta.nbytes < peak <= (2 + 7.5) * theta.nbytes
+    assert theta.nbytes < peak <= (2 + 5.5) * theta.nbytes
 
 
 # Losses of two parts, the gradient of their smoothed mean, and its gradient by sigma
@@ -2313,7 +2313,7 @@ def test_a_layer_that_bounds_and_forward_pass_take_for_two_is_named(wrong, monke
     net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Identity(),
                         nn.Sequential(nn.ReLU(), nn.Linear(5, 5), nn.ReLU()), nn.Identity(),
                         nn.Linear(5, 3)).eval().requires_grad_(False)
-    module, layers = net.get_submodule(wrong), []
+    module = net.get_submodule(wrong)
     module.weight += 0.3                               # so that what is below reaches the logits
     marked = module.weight.double()
     forward = nn.Linear.forward

@@ -1,4 +1,4 @@
-"""Train a network whose robustness can be certified: networks, robust loss, evaluation, loop.
+"""Train a network whose robustness can be certified: settings, robust loss, evaluation, loop.
 
     python train.py                                                  digits, DeepPoly, RGS: a minute
     python train.py --relax box --opt grad                           the classic baseline (IBP)
@@ -8,9 +8,10 @@
     torchrun --nproc-per-node 2 train.py ...                         by several processes
 
 A step (take_step): bounds of the margins over a ball around each image (relaxations.py), the
-cross-entropy on them, and an estimate of its gradient, smoothed or not (gls.py), for Adam. Readers
-of data, run folders (config.json, log.csv, checkpoint.pt) and processes are in plumbing/. Shape
-letters as in relaxations.py.  Expected from the first command on 2 CPU cores: see README.md.
+cross-entropy on them, and an estimate of its gradient, smoothed or not (gls.py), for Adam. What
+makes networks, reads data, attacks images and keeps run folders (config.json, log.csv,
+checkpoint.pt) is in plumbing/. Shape letters as in relaxations.py.  Expected from the first command
+on 2 CPU cores: see README.md.
 """
 import math
 from contextlib import ExitStack
@@ -364,11 +365,10 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
             certified.append(weight * is_certified.float().mean())
         if loss == "certified-error":
             value = 1 - is_certified.to(m.dtype)
-        elif relax in ("taps", "staps"):
-            a = latent_margins(net, params, bounds, y, m.shape[-1], split, expand)
-            value = taps(m, a, alpha)
-        elif relax in ATTACKING:
-            value = BASELINES[relax](m, margins_of(logits(points), y), alpha)
+        elif relax in BASELINES:
+            a = (latent_margins(net, params, bounds, y, m.shape[-1], split, expand)
+                 if "taps" in relax else margins_of(logits(points), y))
+            value = BASELINES[relax](m, a, alpha)
         else:
             value = cross_entropy(m)
         value = weight * (1 - kappa) * value.mean(-1)

@@ -5,6 +5,7 @@ a file holds is an InputError that names the file and the mend.
 """
 import gzip
 import hashlib
+import io
 import math
 import os
 import tarfile
@@ -266,8 +267,8 @@ def _read_idx(path, file):
 # as pickled dictionaries (the python version, which torchvision downloads).
 
 def _read_cifar(data_dir):
-    """x_train, y_train, x_test, y_test; of the six files one at a time is in memory, if they are
-    unpacked, since the images as float32 fill 740 MB."""
+    """x_train, y_train, x_test, y_test; of the six files, if they are unpacked, only the pixels of
+    one at a time are in memory, since the images as float32 fill 740 MB."""
     print(f"reading CIFAR-10 in {data_dir}", flush=True)                       # it takes seconds
     place, names, files = _find_cifar(data_dir)
     arrays, checksums = [], []
@@ -275,12 +276,11 @@ def _read_cifar(data_dir):
         rows = sum(_size(files[name]) for name in group) // 3072            # at least as many
         x, y, n = np.empty((rows, 3, 32, 32), np.float32), [], 0
         for name in group:
-            content = files.pop(name)
-            if not isinstance(content, bytes):
-                content = _read_at_most(open(content, "rb"), MAX_BYTES // 16, content)
-            checksums.append(hashlib.md5(content, usedforsecurity=False).hexdigest())
-            parse = _cifar_records if name.endswith(".bin") else _cifar_pickle
-            pixels, labels = parse(content, place, name)
+            file = files.pop(name)
+            with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as content:
+                checksums.append(_checksum(content))
+                parse = _cifar_records if name.endswith(".bin") else _cifar_pickle
+                pixels, labels = parse(content, place, name)
             np.divide(pixels.reshape(-1, 3, 32, 32), np.float32(255), out=x[n:n + len(labels)],
                       dtype=np.float32)
             n += len(labels)
@@ -292,7 +292,19 @@ def _read_cifar(data_dir):
 
 
 def _size(file):
-    return len(file) if isinstance(file, bytes) else file.stat().st_size
+    size = len(file) if isinstance(file, bytes) else file.stat().st_size
+    if size > MAX_BYTES // 16:
+        raise InputError(f"{file}: holds {size} bytes; that is not CIFAR-10")
+    return size
+
+
+def _checksum(file):
+    """MD5 of an open file, which is then at its beginning again."""
+    digest = hashlib.md5(usedforsecurity=False)
+    while block := file.read(1 << 20):
+        digest.update(block)
+    file.seek(0)
+    return digest.hexdigest()
 
 
 def _find_cifar(data_dir):
@@ -321,7 +333,8 @@ def _read_archive(path, names):
             for member in tar:
                 n = os.path.basename(member.name)
                 if member.offset_data + member.size > limit:
-                    raise InputError(f"{path}: holds more than {limit} bytes; that is not CIFAR-10")
+                    raise InputError(f"{path}: unpacks to more than {limit} bytes; that is not "
+                                     "CIFAR-10")
                 if n in names and member.isfile() and not member.issparse():
                     content[n] = tar.extractfile(member).read()
             while unpacked.read(1 << 20) and unpacked.tell() <= limit:
@@ -336,7 +349,8 @@ def _read_archive(path, names):
     return content
 
 
-def _cifar_records(content, place, name):
+def _cifar_records(file, place, name):
+    content = file.read()
     if not content or len(content) % 3073:
         raise InputError(f"{place}: {name} missing or not made of records of 3073 bytes; delete "
                          "it, and it is downloaded again")
@@ -344,9 +358,9 @@ def _cifar_records(content, place, name):
     return records[:, 1:], records[:, 0]
 
 
-def _cifar_pickle(content, place, name):
+def _cifar_pickle(file, place, name):
     try:
-        batch = read_pickle(content)
+        batch = read_pickle(file)
         if "fine_labels" in batch:
             raise ValueError("it is CIFAR-100's")
         pixels, labels = batch["data"].content, batch["labels"]
@@ -361,14 +375,6 @@ def _cifar_pickle(content, place, name):
         why = e if isinstance(e, ValueError) else "it has no arrays of images and labels"
         raise InputError(f"{place}: {name} is no batch of CIFAR-10 ({why}); unpack {CIFAR_PYTHON} "
                          "again") from None
-
-
-def _read_at_most(file, limit, path):
-    with file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise InputError(f"{path}: holds more than {limit} bytes; that is not CIFAR-10")
-    return content
 
 
 def check_zip(archive, path):

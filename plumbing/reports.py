@@ -104,8 +104,7 @@ def certify_radii(certify, net, config, data, path, args):
     processes each takes its share of the images; the first gathers what they wrote."""
     n = min(len(data.x_test), args.samples or config["test_subset"] or len(data.x_test))
     x, y = data.x_test[:n], data.y_test[:n]
-    settings = dict(stages=args.stages, timeout=args.timeout,
-                    steps=args.steps, seed=args.seed,
+    settings = dict(stages=args.stages, timeout=args.timeout, steps=args.steps, seed=args.seed,
                     restarts=data.classes if args.restarts is None else args.restarts)
     if (slope := args.slope or config.get("slope", "adaptive")) != "adaptive":
         settings["slope"] = slope

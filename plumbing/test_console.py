@@ -105,7 +105,8 @@ def test_what_has_no_effect_is_said_and_only_then(tmp_path, monkeypatch, capsys,
     (76663.0, "is 3.33e+04 times that of"), (2.9, "is 26 % above that of guessing"), (1.0, "")])
 def test_a_loss_is_called_that_of_guessing_if_it_is(capsys, loss, words):
     row = dict(loss=loss, certified=0.1, seconds=1.0)
-    console.show_training([row], dict(classes=10, ramp=1, epochs=2), console.Progress())
+    console.show_training([row], dict(classes=10, ramp=1, epochs=2, relax="box"),
+                          console.Progress())
     err = capsys.readouterr().err
     assert words in err and bool(err) == bool(words) and err.count("\n") <= 1
 

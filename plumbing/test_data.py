@@ -406,6 +406,16 @@ def test_fuzzed_npz(tmp_path):
     fuzz(tmp_path / "own.npz", load, same_as(load()))
 
 
+@pytest.mark.parametrize("make, name", [(fake_cifar, "cifar-10-batches-bin/data_batch_1.bin"),
+                                        (fake_cifar_python, "cifar-10-batches-py/test_batch")])
+def test_a_file_of_a_terabyte_is_refused_unread(tmp_path, make, name):
+    make(tmp_path, zipped=False)
+    with open(tmp_path / name, "r+b") as file:
+        file.truncate(2 ** 40)                                          # sparse
+    with pytest.raises(InputError, match="holds 1099511627776 bytes; that is not CIFAR-10"):
+        train.load_dataset("cifar10", tmp_path)
+
+
 def test_bombs_and_foreign_paths(tmp_path):
     """Small files that unpack to gigabytes, or that ask to be written elsewhere."""
     zeros = bytes(2 ** 24)

@@ -235,3 +235,10 @@ def test_update_batchnorm_moves_what_learns_in_nested_networks_too():
     before = net[4].running_mean.clone()
     train.update_batchnorm(net, x[:1])                                  # no variance: nothing
     assert torch.equal(net[4].running_mean, before)
+
+
+def test_images_that_a_convolution_leaves_nothing_of_are_refused():
+    for shape in ((1, 2, 8), (1, 8, 2), (3, 1, 1)):
+        with pytest.raises(InputError, match="net small needs larger images"):
+            train.build_network("small", shape, 4)
+    assert train.build_network("small", (1, 3, 8), 4)(torch.zeros(1, 1, 3, 8)).shape == (1, 4)

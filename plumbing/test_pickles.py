@@ -1,4 +1,5 @@
 """Pickles of plain data are read as Python reads them; everything else is refused, uncalled."""
+import io
 import os
 import pickle
 import pickletools
@@ -8,13 +9,18 @@ import numpy as np
 import pytest
 
 from plumbing.for_tests import mutations, python2_pickle
-from plumbing.pickles import Array, read_pickle
+from plumbing.pickles import Array
+from plumbing.pickles import read_pickle as read_file
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (5, 3072)).astype(np.uint8)
 PLAIN = {"data": PIXELS, "labels": [1, 2, 3, 0, 9], "more": np.arange(5), "text": "a\xe9",
          "shape": (1, -2, 10 ** 9, 2 ** 40), "nested": [[], (), {"x": None, "y": [True, False]}],
          "columns": np.asfortranarray(PIXELS), "large": np.arange(70000, dtype=">i4")}
+
+
+def read_pickle(content):
+    return read_file(io.BytesIO(content))
 
 
 def same(value, expected):
