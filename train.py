@@ -342,8 +342,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     CE(-m, y) bounds the largest cross-entropy in the ball from above. With loss="certified-error"
     the fraction of images with some m_k <= 0, whose gradient is zero, takes its place.
     certified: a list to which each call appends its certified fraction, averaged over P.
-    weight, total: for a part of a minibatch, see plumbing.processes.share.
-    """
+    weight, total: for a part of a minibatch, see plumbing.processes.share."""
     center, radius = x, eps
     if relax in ATTACKING:
         points = attack(net, x, y, eps, steps=8, restarts=1)
@@ -353,12 +352,10 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     neurons = "deeppoly" if relax == "alpha-crown" else outputs
     bounds_of = partial(preactivation_bounds, slope=slope, skip_stable=skip_stable)
     margins_by = partial(margin_lower_bounds, slope=slope, steps=slope_steps)
-
     def losses(thetas):
         params = unflatten(thetas, net)
         bounds = bounds_of(net, center, radius, neurons, params)
-        margins = lambda relax: margins_by(net, center, y, radius, relax, params,
-                                           intermediate=bounds)
+        margins = partial(margins_by, net, center, y, radius, params=params, intermediate=bounds)
         logits = lambda x: vmap(lambda p: functional_call(net, p, (x,)))(params)    # (P, B, K)
         m = margins(outputs)                                                        # (P, B, K)
         if relax == "crown-ibp" and beta < 1:
