@@ -13,10 +13,9 @@ COSTS = {                                                   # a step: at the sta
     "cifar10": ([0.10, 0.22, 0.67, 1.45, 1.58], [0.09, 0.13, 0.25, 0.47, 0.92])}
 
 
-@pytest.mark.parametrize("load", [1, 2])                    # of the machine, after the start
 @pytest.mark.parametrize("pace", [2, 4])                    # at which the weights become trained
 @pytest.mark.parametrize("kind", COSTS)
-def test_the_time_left_is_right_within_half_from_the_first_minute_on(monkeypatch, kind, pace, load):
+def test_the_time_left_is_right_within_half_from_the_first_minute_on(monkeypatch, kind, pace):
     ramp, steps, clock, done = 1500, 4000, [0.0], [0]
     monkeypatch.setattr(timing.time, "time", lambda: clock[0])
     noise = np.random.default_rng(0).uniform(0.8, 1.2, steps)
@@ -28,7 +27,7 @@ def test_the_time_left_is_right_within_half_from_the_first_minute_on(monkeypatch
     left = timing.time_left(share, 0, lambda: {f: cost(f) / 4 for f in timing.FRACTIONS})
     spent, said = [], []
     for fraction, factor in zip(share, noise):
-        seconds = (load if clock[0] > 0 else 1) * factor * cost(fraction)
+        seconds = factor * cost(fraction)
         clock[0] += seconds
         said.append(left(seconds))
         spent.append(clock[0])
