@@ -43,7 +43,7 @@ from plumbing.rounding import check_finite, first_not_finite, in_float64, unit_o
 from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, is_finished,
                            lengthen, locked, new_folder, read_checkpoint, recording, restored,
                            run_folder)
-from plumbing.timing import lengths_of, seconds_at
+from plumbing.timing import seconds_at, time_left
 from plumbing.weights import read_weights
 from relaxations import (AFFINE, RELAXATIONS, RESHAPE, SLOPES, margin_lower_bounds,
                          preactivation_bounds, read_network)
@@ -532,13 +532,13 @@ def trial(net, x, y, config, device):
                                  theta, sigma, config, noise)[0].item()
 
 
-def train(net, x, y, config, device, folder, show=print, training=None, *, seconds=None):
+def train(net, x, y, config, device, folder, show=print, training=None, *, measure=None):
     """Train net on images x and labels y, by the settings in config (see SETTINGS).
 
     Returns the rows of log.csv, which it writes into folder, as checkpoint.pt (plumbing/runs.py).
     Two generators seeded with config["seed"] draw all random numbers: one batches, one noise.
     training: as load_run returns it with net, to continue; the weights in the end are, bit by bit,
-    those of a run that never stopped. seconds: of steps, see plumbing/timing.py. Raises
+    those of a run that never stopped. measure: of steps, see plumbing/timing.py. Raises
     FloatingPointError where numbers cease to be finite, Interrupted after a signal.
     """
     theta = parameters_to_vector(net.parameters()).detach().clone()
@@ -556,9 +556,9 @@ def train(net, x, y, config, device, folder, show=print, training=None, *, secon
     size = config["batch_size"]
     steps = -(-len(x) // size)
     ramp = config["ramp"] * steps or 1                       # without one, full from the first step
-    lengths = lengths_of([eps_at((i + 1) / ramp, 1.0) for i in range(config["epochs"] * steps)],
-                         seconds)
-    with recording(folder, net, config, now, len(x), show, lengths, **generators) as record:
+    fractions = [eps_at((i + 1) / ramp, 1.0) for i in range(config["epochs"] * steps)]
+    left = time_left(fractions, now["done"], measure)
+    with recording(folder, net, config, now, len(x), show, left, **generators) as record:
         while now["done"] < config["epochs"] * steps:
             epoch, step = divmod(now["done"], steps)
             if step == 0:
@@ -649,11 +649,11 @@ def train_and_show(net, config, training, data, device, show):
     """Train, from the start or from where training was, and print the table of the test images."""
     print(header(config, data, net), flush=True)
     x, y = data.x_train[:config["subset"]], data.y_train[:config["subset"]]
-    seconds = None
+    measure = None
     if config["ramp"] and not is_finished(config, training):
         show("measuring how long a step takes")
-        seconds = seconds_at(trial(net, x, y, config, device))
-    rows = train(net, x, y, config, device, config["out"], show, training, seconds=seconds)
+        measure = lambda: seconds_at(trial(net, x, y, config, device))
+    rows = train(net, x, y, config, device, config["out"], show, training, measure=measure)
     if ranks()[0]:
         return                                         # the first process shows the rest
     if rows:
