@@ -964,12 +964,19 @@ def test_the_relative_error_is_that_of_closed_forms():
     lambda *a, **k: gls.rgs(*a, 6, antithetic=True, **k),
     lambda *a, **k: gls.smoothed_loss(*a, 6, **k)])
 def test_estimators_leave_theta_alone_and_do_not_depend_on_chunks(estimator):
-    theta = torch.randn(5, dtype=torch.float64)
-    before = theta.clone()
-    results = [estimator(lambda t: t.square().sum(1).sin(), theta, 0.2,
-                         generator=torch.Generator().manual_seed(3), chunk=chunk)
-               for chunk in (None, 1, 4)]
+    theta, sizes = torch.randn(5, dtype=torch.float64), []
+
+    def loss(t):
+        sizes[-1] = max(sizes[-1], len(t))
+        return t.square().sum(1).sin()
+
+    before, results = theta.clone(), []
+    for chunk in (None, 1, 4):
+        sizes.append(0)
+        results.append(estimator(loss, theta, 0.2, generator=torch.Generator().manual_seed(3),
+                                 chunk=chunk))
     assert torch.equal(theta, before) and not theta.requires_grad
+    assert sizes[0] > 4 and sizes[1:] == [1, 4]                         # the most at once
     for other in results[1:]:
         for a, b in zip(results[0], other):
             assert a is b is None or torch.allclose(a, b, rtol=1e-12)
@@ -1139,6 +1146,7 @@ def test_beta_goes_from_crown_ibp_to_box():
     for beta in (0.0, 0.3, 1.0):
         assert loss_at(net, x, y, 0.05, "crown-ibp", beta=beta) == pytest.approx(
             nn.functional.cross_entropy(-beta * m - (1 - beta) * box, y).item())
+    assert loss_at(net, x, y, 0.05, "deeppoly", beta=0.3) == loss_at(net, x, y, 0.05, "deeppoly")
 
 
 @pytest.mark.parametrize("relax", ["crown-ibp", "deeppoly"])
@@ -1396,6 +1404,18 @@ def test_attack_is_exact_on_an_affine_network():
     wide = x.double()                                          # float32 points, exactly in the ball
     assert ((points.double() - wide).abs() <= 0.15).all()
     assert points.min() >= 0 and points.max() <= 1
+
+
+def test_each_step_of_the_attack_forgets_the_one_before():
+    """Else the memory of all steps would be held until the last."""
+    is_leaf, W = [], torch.randn(12, 4)
+
+    def net(z):
+        is_leaf.append(z.is_leaf)
+        return z.flatten(1) @ W
+
+    train.attack(net, torch.rand(3, 1, 3, 4), torch.tensor([0, 1, 2]), 0.1, steps=4, restarts=2)
+    assert is_leaf == [True] * (2 * 5 + 1)
 
 
 @pytest.mark.parametrize("scale", [1, 2.0 ** -20, 1e-6, 1e4, 1e6])

@@ -410,6 +410,7 @@ def figure_9(seeds=2):
         ax.axhline(0, color="grey", lw=0.8, ls=":")
         ax.set(xlabel=title)
     axes[0].set_xscale("symlog", linthresh=1e-5)
+    axes[0].set_xlim(left=-2e-6)
     axes[0].set_ylabel("certified by RGS less\nby plain gradient, points")
     axes[2].legend(fontsize=7)
     save(fig, "9-gain")

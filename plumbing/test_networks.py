@@ -242,3 +242,11 @@ def test_images_that_a_convolution_leaves_nothing_of_are_refused():
         with pytest.raises(InputError, match="net small needs larger images"):
             train.build_network("small", shape, 4)
     assert train.build_network("small", (1, 3, 8), 4)(torch.zeros(1, 1, 3, 8)).shape == (1, 4)
+
+
+def test_the_normalisation_is_exact_and_does_not_learn():
+    net = train.build_network("mlp", (2, 3, 3), 4, "default", [(0.25, 0.5), (0.5, 0.125)])
+    x = torch.rand(5, 2, 3, 3)
+    mean, std = torch.tensor([[0.25, 0.5], [0.5, 0.125]])[:, :, None, None]
+    torch.testing.assert_close(net[0](x), (x - mean) / std, rtol=1e-6, atol=1e-6)
+    assert not list(net[0].parameters())
