@@ -305,11 +305,10 @@ def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=ad
     the ball. Arguments and errors are those of margin_lower_bounds.
     """
     network, box = prepare(net, x, eps, relax, params)
-    ask, machine = options(relax, slope, skip_stable, steps, Budget(memory, x)), engine(network)
+    ask = options(relax, slope, skip_stable, steps, Budget(memory, x))
     with full_precision(x):
-        bounds = machine.neurons(machine.inward(box, 0), ask)
-    bounds = [machine.outward(pair, i) for i, pair in enumerate(bounds, 1)]
-    return [tuple(t.reshape(shape) for t in pair)
+        bounds = engine(network).neurons(box, ask)
+    return [tuple(t.expand(network.P, -1, -1).reshape(shape) for t in pair)
             for pair, shape in zip(bounds, bound_shapes(network, x, params))]
 
 
@@ -348,13 +347,13 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     """
     network, box = prepare(net, x, eps, relax, params)
     ask, machine = options(relax, slope, skip_stable, steps, Budget(memory, x)), engine(network)
-    box, y = machine.inward(box, 0), checked_labels(y, x, machine.K)
-    if intermediate is not None:
-        intermediate = checked_bounds(intermediate, bound_shapes(network, x, params), x)
-        flat = [[t.reshape(network.P, len(x), -1) for t in pair] for pair in intermediate]
-        bounds = [machine.inward(pair, i) for i, pair in enumerate(flat, 1)]
+    y = checked_labels(y, x, machine.K)
     with full_precision(x):
-        bounds = machine.neurons(box, ask) if intermediate is None else bounds
+        if intermediate is None:
+            bounds = machine.neurons(box, ask)
+        else:
+            bounds = checked_bounds(intermediate, bound_shapes(network, x, params), x)
+            bounds = [Box(*(t.reshape(network.P, len(x), -1) for t in pair)) for pair in bounds]
         low = machine.margins(box, y, bounds, ask)
     if relax == "alpha-crown" and intermediate is None:     # tighter bounds may flip a rule's slope
         deeppoly = margin_lower_bounds(net, x, y, eps, "deeppoly", params, skip_stable, slope=slope,
@@ -393,19 +392,10 @@ class Engine(NamedTuple):
     K: int
     bound = staticmethod(lower_bound)
 
-    def inward(self, pair, i):
-        """Lower and upper bounds of what stage i reads, as this engine lays them out."""
-        return Box(*pair)
-
-    def outward(self, pair, i):
-        """And back in PyTorch's order."""
-        return pair
-
     def neurons(self, box, ask):
-        """The bounds before each ReLU: a Box of (P, B, N) for each."""
+        """The bounds before each ReLU: a Box of (P, B, N) for each, or of (1, B, N)."""
         bound = partial(best_where_unstable, ascent=ask.ascent) if ask.ascent else lower_bound
-        bounds = neurons(self.stages, box, ask.substitute, ask.slope, ask.skip_stable, bound)
-        return [self.of_all(pair) for pair in bounds]
+        return neurons(self.stages, box, ask.substitute, ask.slope, ask.skip_stable, bound)
 
     def margins(self, box, y, bounds, ask):
         """The bounds of the margins, (P, B, K)."""
@@ -413,10 +403,6 @@ class Engine(NamedTuple):
         bound = partial(best_slopes, ascent=ask.ascent)
         rows = (eye[y][:, None] - eye)[None]
         return margins(self.stages, rows, bounds, box, ask.relax, ask.slope, bound)
-
-    def of_all(self, pair):
-        """Bounds of P networks, where they are the same for all of them."""
-        return Box(*(t.expand(self.P, -1, -1) for t in pair))
 
 
 def engine(network):
@@ -658,8 +644,8 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
 class Op(NamedTuple):
     """A Layer without its module: a linear one (stride None) or a convolution.
 
-    Maps are flat in the order (height, width, channel), in which transposed convolutions are
-    fastest; bounds come and go in PyTorch's order (hwc and chw translate).
+    Its bounds are in PyTorch's order; rows, and the lines and the box that they meet, in the order
+    (height, width, channel), in which transposed convolutions are fastest (hwc translates).
     """
     weight: torch.Tensor     # (P, O, N), or (P, O, C/groups, kh, kw)
     bias: torch.Tensor       # (P, O)
@@ -672,55 +658,52 @@ class Op(NamedTuple):
 
     def apply(self, h, weight, bias=None):
         """W h + b: (P or 1, B, N) -> (P, B, N')."""
-        P = len(weight)
+        P, B = len(weight), h.shape[1]
         if self.stride is None:
-            h = chw(h, self.in_shape)
             y = (weight @ h.mT).mT           # not h @ weight.mT, whose gradient is a transpose
             return y if bias is None else y + bias[:, None]
         # The population becomes channels: one grouped convolution, or, while all members still see
         # the same input, one convolution with P times the output channels.
         shared = len(h) == 1 and self.groups == 1
-        h = as_map(h if shared else h.expand(P, -1, -1), self.in_shape)
+        h = h if shared else h.expand(P, -1, -1)
+        h = h.transpose(0, 1).reshape(B, -1, *self.in_shape[1:])
         y = F.conv2d(h, weight.flatten(0, 1), None if bias is None else bias.flatten(),
                      self.stride, self.padding, self.dilation, 1 if shared else P * self.groups)
-        return as_rows(y, P)
+        return y.reshape(B, P, -1).transpose(0, 1)
 
     def interval(self, lower, upper):
-        middle = torch.lerp(lower, upper, 0.5)
-        centre = self.apply(middle, self.weight, self.bias)
-        radius = self.apply(upper - middle, self.weight.abs())
+        centre = torch.lerp(lower, upper, 0.5)
+        radius = self.apply(upper - centre, self.weight.abs())
+        centre = self.apply(centre, self.weight, self.bias)
         return centre - radius, centre + radius
 
     def back(self, A, d, kernel=None, size=None, padding=None):
         """Layer.back, for rows A (P, ..., Q) of all outputs; or of a window of them of the size
         kernel, which sees inputs of the given size."""
-        kernel = kernel or self.out_shape[1:]
+        window = (kernel or self.out_shape[1:], size or self.in_shape[1:],
+                  self.padding if padding is None else padding)
         lead, rows = A.shape[1:-1], A.flatten(1, -2)                           # (P, rows, Q)
-        bias = self.bias.repeat(1, math.prod(kernel))[..., None]
+        bias = self.bias.repeat(1, math.prod(window[0]))[..., None]
         d = d + (rows @ bias).squeeze(2).unflatten(1, lead)
-        if self.stride is None:
-            rows = rows @ hwc(self.weight, self.in_shape)
+        if self.stride is None or is_dense(self, window[1]):
+            rows = rows @ self.matrix(*window)
         else:
-            rows = self.transposed(rows, kernel, size or self.in_shape[1:],
-                                   self.padding if padding is None else padding)
+            rows = self.transposed(rows, *window)
         return rows.unflatten(1, lead), d
+
+    def matrix(self, kernel, size, padding):
+        """The layer on such a window as a matrix, (P, Q, Q')."""
+        if self.stride is None:
+            return hwc(self.weight, self.in_shape)
+        eye = torch.eye(self.weight.shape[1] * math.prod(kernel)).to(self.weight)
+        return self.transposed(eye[None], kernel, size, padding)
 
     def transposed(self, rows, kernel, size, padding):
         """Rows (P, M, Q) of a window of outputs as rows of the inputs that it sees."""
-        if is_dense(self, size):
-            return rows @ self.matrix(kernel, size, padding)
-        return self.conv_transpose(rows, kernel, size, padding)
-
-    def matrix(self, kernel, size, padding):
-        """The convolution on such a window as a matrix, (P, Q, Q')."""
-        eye = torch.eye(self.weight.shape[1] * math.prod(kernel)).to(self.weight)
-        return self.conv_transpose(eye[None], kernel, size, padding)
-
-    def conv_transpose(self, rows, kernel, size, padding):
         P, O = self.bias.shape
         A = as_map(rows.expand(P, -1, -1), (O, *kernel))
-        A = ConvTranspose.apply(A, self.weight.flatten(0, 1), size, self.stride, padding,
-                                self.dilation, P * self.groups)
+        A = conv_transpose(A, self.weight.flatten(0, 1), size, self.stride, padding,
+                           self.dilation, P * self.groups)
         return as_rows(A, P)
 
 
@@ -740,6 +723,10 @@ def as_rows(y, P):
 def hwc(t, shape):
     """The last dimension of t, if it is a map (C, H, W), in the order (H, W, C)."""
     return t.unflatten(-1, (shape[0], -1)).mT.flatten(-2) if len(shape) == 3 else t
+
+
+def hwc_box(pair, shape):
+    return Box(*(hwc(t, shape) for t in pair))
 
 
 def chw(t, shape):
@@ -985,7 +972,7 @@ def all_rows(stages, lines, box, budget):
     low, n = budget.run(bound, jobs(), keeps * samples * channels), len(starts)
     low = [torch.cat(low[i:i + n], 4) for i in range(0, len(low), n)]
     low, minus_high = torch.cat(low, 1).unbind(3)                              # (P, B, G, O) each
-    return low.flatten(2), -minus_high.flatten(2)
+    return low.mT.flatten(2), -minus_high.mT.flatten(2)                        # in PyTorch's order
 
 
 def can_fuse(below, view):
@@ -1020,6 +1007,7 @@ def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
     *below, (*others, op) = stages
     below, (W, c, view) = [*below, others], first_rows(op)
     P, Gx, O, _ = W.shape
+    G = math.prod(view.positions)
     # The t-th pick of each member, as tables (P, U); short lists are filled up with zeros.
     counts = member.bincount(minlength=P)
     before = counts.cumsum(0) - counts
@@ -1031,7 +1019,7 @@ def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
     U = min(longest, fit)
 
     def bound(t):
-        position, channel = neurons[:, t:t + U] // O, neurons[:, t:t + U] % O
+        position, channel = neurons[:, t:t + U] % G, neurons[:, t:t + U] // G
         entry = members, position if Gx > 1 else 0, channel
         picked = view._replace(sample=samples[:, t:t + U], position=position)
         A, d = (both_signs(t[entry][:, :, None, None], 3) for t in (W, c))  # (P, U, 1, 2, Q)
@@ -1044,9 +1032,9 @@ def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
             u.index_put(where, torch.minimum(u[where], -low[:, 1])))
 
 
-def quick_neurons(stages, box, ask):
+def quick_neurons(stages, layouts, box, ask):
     """neurons with substitute=True; with steps of ascent, as best_where_unstable does it."""
-    bounds, lines, inputs = [], [], box
+    bounds, lines, inputs, box = [], [], box, hwc_box(box, layouts[0])
     for s, ops in enumerate(stages[:-1]):
         l, u = inputs
         exact = not ops or s == 0 and len(ops) == 1
@@ -1060,7 +1048,7 @@ def quick_neurons(stages, box, ask):
         if not exact and ask.ascent:
             l, u = unstable_rows(l, u, stages[:s + 1], lines, box, ask.budget, ask.ascent)
         bounds.append(Box(l, u))
-        lines = [*lines, relax_relu(l, u, ask.slope)]
+        lines = [*lines, relax_relu(*hwc_box(bounds[-1], layouts[s + 1]), ask.slope)]
         inputs = F.relu(l), F.relu(u)
     return bounds
 
@@ -1126,28 +1114,15 @@ class QuickBox(Box):
 FEW = 3      # channels: up to so many, a transposed convolution is slow on a CPU
 
 
-class ConvTranspose(torch.autograd.Function):
-    """conv_transpose2d to a map of the given size; on a CPU faster, where channels are few."""
-
-    @staticmethod
-    def forward(ctx, A, weight, size, stride, padding, dilation, groups):
-        ctx.save_for_backward(A, weight)
-        ctx.options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
-        kernel = weight.shape[2:]
-        square = all(t[0] == t[1] for t in (kernel, stride, padding))
-        if square and stride[0] > 1 and dilation == (1, 1) and weight.shape[1] <= FEW:
-            return sub_pixel(A, weight, size, stride[0], padding[0], groups)
-        along = zip(size, stride, padding, dilation, kernel)
-        rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, s, p, d, k in along]
-        return F.conv_transpose2d(A, weight, output_padding=rest, **ctx.options)
-
-    @staticmethod
-    def backward(ctx, g):
-        (A, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
-        g = g.contiguous(memory_format=torch.channels_last)
-        return (F.conv2d(g, weight, **ctx.options) if needs[0] else None,
-                nn.grad.conv2d_weight(g, weight.shape, A, **ctx.options) if needs[1] else None,
-                *[None] * 5)
+def conv_transpose(A, weight, size, stride, padding, dilation, groups):
+    """conv_transpose2d to a map of the given size."""
+    kernel = weight.shape[2:]
+    square = all(t[0] == t[1] for t in (kernel, stride, padding))
+    if square and stride[0] > 1 and dilation == (1, 1) and weight.shape[1] <= FEW:
+        return sub_pixel(A, weight, size, stride[0], padding[0], groups)
+    along = zip(size, stride, padding, dilation, kernel)
+    rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, s, p, d, k in along]
+    return F.conv_transpose2d(A, weight, None, stride, padding, rest, groups, dilation)
 
 
 def sub_pixel(A, weight, size, s, p, groups):
@@ -1289,16 +1264,10 @@ class QuickEngine(Engine):
     """Engine, with stages of Ops."""
     bound = staticmethod(quick_bound)
 
-    def inward(self, pair, i):
-        return Box(*(hwc(t, self.layouts[i]) for t in pair))
-
-    def outward(self, pair, i):
-        return Box(*(chw(t, self.layouts[i]) for t in pair))
-
     def neurons(self, box, ask):
         if not ask.substitute:
             return Engine.neurons(self, box, ask)
-        return [self.of_all(pair) for pair in quick_neurons(self.stages, box, ask)]
+        return quick_neurons(self.stages, self.layouts, box, ask)
 
     def margins(self, box, y, bounds, ask):
         """Samples go down in passes; no row is spent on the margin of y over itself."""
@@ -1310,10 +1279,11 @@ class QuickEngine(Engine):
             box, bounds = Box(*map(F.relu, bounds[-1])) if bounds else box, []
             if K <= 32:
                 return self.box_of_few_classes(W, c, box, y)
-        stages = self.stages[:len(bounds)]
+        stages, layouts = self.stages[:len(bounds)], self.layouts[-2 - len(bounds):]
+        maps = [hwc_box(pair, layout) for pair, layout in zip([box, *bounds], layouts)]
 
         def of_samples(b):
-            some, *pairs = parts_of([box, *bounds], slice(b, b + samples))
+            some, *pairs = parts_of(maps, slice(b, b + samples))
             lines = [relax_relu(*for_rows(pair), ask.slope) for pair in pairs]
             way = [for_rows(some), *interleaved([*stages, []], lines)]
             return best_slopes(*self.rows(W, c, y[b:b + samples]), way, ask.ascent, quick_bound)
@@ -1327,6 +1297,7 @@ class QuickEngine(Engine):
     def box_of_few_classes(self, W, c, box, y):
         """The rows of all labels in one product, which serves all samples."""
         labels, which = y.unique(return_inverse=True)
+        W = chw(W, self.layouts[-2])
         A, d = (t.flatten(1, 2) for t in self.rows(W, c, labels))              # (P, L*(K-1), N)
         low = d[:, None] + box.lower @ A.mT + (box.upper - box.lower) @ minus(A).mT
         low = low.unflatten(2, (len(labels), -1))[:, torch.arange(len(y)), which]
