@@ -144,14 +144,18 @@ class Lines(NamedTuple):
     lower: torch.Tensor
     upper: torch.Tensor
     intercept: torch.Tensor
-    multiplier: torch.Tensor = 0.0     # of each row, see "free choices"
 
     def back(self, A, d):
         """a.relu(z) + d >= a'.z + d': the lower line where a > 0, the upper one where a < 0."""
-        below = -F.relu(-A)
-        above = A - below
-        d = d + (below * self.intercept).sum(-1)
-        return above * self.lower + below * self.upper - self.multiplier, d
+        negative = minus(A)
+        d = d + (negative @ self.intercept.mT).squeeze(-1)
+        # A+ lower + A- upper, where A+ = A - A-
+        return torch.addcmul(A * self.lower, negative, self.upper - self.lower), d
+
+
+def minus(A):
+    """A- = min(A, 0), as clamp(max=0), whose backward pass is three times as slow on a CPU."""
+    return F.hardtanh(A, -torch.inf, 0.0)
 
 
 def relax_relu(l, u, slope=adaptive):
@@ -174,9 +178,8 @@ class Box(NamedTuple):
 
     def back(self, A, d):
         """The smallest a.x + d in the box, exactly: each x_j goes to one of its ends."""
-        below = -F.relu(-A)
-        above = A - below
-        return None, d + (above * self.lower + below * self.upper).sum(-1)
+        low = A @ self.lower.mT + minus(A) @ (self.upper - self.lower).mT    # A+ lower + A- upper
+        return None, d + low.squeeze(-1)
 
 
 def lower_bound(A, d, steps):
@@ -390,7 +393,6 @@ class Engine(NamedTuple):
     layouts: list        # what each stage reads and, last, the logits: (C, H, W), for QuickEngine
     P: int
     K: int
-    bound = staticmethod(lower_bound)
 
     def neurons(self, box, ask):
         """The bounds before each ReLU: a Box of (P, B, N) for each, or of (1, B, N)."""
@@ -467,10 +469,10 @@ def checked(slope):
     return rule
 
 
-def replaced(steps, **fields):
-    """The steps with other fields for the Lines, one after another: lower=[first, second, ...]."""
-    of_each = iter(zip(*fields.values()))
-    return [step._replace(**dict(zip(fields, next(of_each)))) if isinstance(step, Lines) else step
+def with_lower(steps, slopes):
+    """The steps with other lower slopes for the Lines, one after another."""
+    of_each = iter(slopes)
+    return [step._replace(lower=next(of_each)) if isinstance(step, Lines) else step
             for step in steps]
 
 
@@ -507,21 +509,20 @@ def ascend(bound, free, limits, rates, steps, *, target=torch.inf, shield=nullco
                 t.clamp_(lowest, highest)
 
 
-def best_slopes(A, d, steps, ascent, bound=lower_bound):
+def best_slopes(A, d, steps, ascent, shield=nullcontext):
     """lower_bound with the best lower slopes that so many steps of ascent find for each row, from
     the given ones on (alpha-CROWN). Its gradient is that of the bound, with the slopes held fixed.
     """
     lines = [step for step in steps if isinstance(step, Lines)]
     if not ascent or not lines:
-        return bound(A, d, steps)
+        return lower_bound(A, d, steps)
     start = []
     for line in lines:
         rows = torch.broadcast_shapes(A.shape[:-1], line.lower.shape[:-1])
         start.append(line.lower.expand(*rows, -1))
     limits = [(line.upper.floor(), line.upper.ceil()) for line in lines]
-    chosen = lambda slopes: bound(A, d, replaced(steps, lower=slopes))
-    rates, shield = [RATES[0]] * len(start), nullcontext if bound is lower_bound else no_checkpoint
-    best, slopes = ascend(chosen, start, limits, rates, ascent, shield=shield)
+    chosen = lambda slopes: lower_bound(A, d, with_lower(steps, slopes))
+    best, slopes = ascend(chosen, start, limits, [RATES[0]] * len(start), ascent, shield=shield)
     return chosen(slopes) if torch.is_grad_enabled() else best
 
 
@@ -570,6 +571,14 @@ class Subdomains(NamedTuple):
     multipliers: torch.Tensor   # (B, N) s beta
 
 
+class Shift(NamedTuple):
+    """A step that subtracts multipliers s beta from the coefficients of the z of a ReLU."""
+    by: torch.Tensor
+
+    def back(self, A, d):
+        return A - self.by, d
+
+
 class Note(NamedTuple):
     """A step that does nothing: it keeps the coefficients of what the step below it gives."""
     kept: list
@@ -587,25 +596,24 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
     give the input and, from below upwards, the outputs of each ReLU.
     """
     machine = engine(network)
-    stages, layouts, bound = machine.stages, machine.layouts, machine.bound
+    stages, layouts = machine.stages, machine.layouts
 
     def by_relu(t):                                                          # (1, B, 1, N) each
         parts = t[None, :, None].split(sub.sizes, -1)
         return [hwc(part, layout) for part, layout in zip(parts, layouts[1:])]
 
     def chosen(choices):
-        lower, multiplier = (by_relu(t) for t in choices)
-        return bound(rows, 0, replaced(way, lower=lower, multiplier=multiplier))[0, :, 0]
+        steps = [box, notes[0], *stages[0]]
+        parts = zip(lines, *map(by_relu, choices), notes[1:], stages[1:])
+        for line, lower, multipliers, note, layers in parts:
+            steps += [Shift(multipliers), line._replace(lower=lower), note, *layers]
+        return lower_bound(rows, 0, steps)[0, :, 0]
 
     box = Box(*(hwc(t[:, :, None], layouts[0]) for t in sub.box))
     rows = hwc(sub.rows, layouts[-1])[None, :, None]                         # (1, B, 1, K)
     whole = relax_relu(sub.l, sub.u)
-    lines = [Lines(*parts) for parts in zip(*(by_relu(t) for t in whole[:3]))]
-    way, notes = [], []
-    for step in [box, *interleaved(stages, lines)]:
-        if isinstance(step, (Box, Lines)):
-            notes.append(Note([]))
-        way += [step, notes[-1]] if isinstance(step, (Box, Lines)) else [step]
+    lines = [Lines(*parts) for parts in zip(*map(by_relu, whole))]
+    notes = [Note([]) for _ in stages]
     unused = torch.zeros_like(sub.signs)
     limits = [(whole.upper.floor(), whole.upper.ceil()),
               (unused.masked_fill(sub.signs < 0, -torch.inf),
@@ -632,13 +640,11 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
 # Nothing above needs what follows; FAST = False leaves it out. It reads Conv2d, Linear, BatchNorm
 # and zero padding, as most networks have nothing else; any other goes through the heart.
 #
-# Prices, as times longer without a piece, forward and backward: benchmarks/prices.py at aed74e3,
-# CNN3 with 64 images of digits and MNIST, initial weights, one thread of an AMD EPYC.
+# Prices, as times longer without a piece: benchmarks/prices.py, CNN3 with 64 images of digits and
+# MNIST, initial weights, one thread of an AMD EPYC.
 #     unstable_rows    8.3   skip_stable, after training by box; else nearly all rows are unstable
 #     first_relu       1.6 to 1.8   DeepPoly, which is_dense lets in
-#     QuickBox         1.12 to 1.18   DeepPoly, and 1.8 times the memory
-#     ConvTranspose    1.13 to 1.22   CROWN-IBP; sub_pixel makes 1.09 to 1.21 of it
-#     QuickLines       1.11 to 1.13   CROWN-IBP, and 1.2 times the memory; nothing with DeepPoly
+#     sub_pixel        1.2 to 1.4   CROWN-IBP forward; 1.04 to 1.19 with its gradient
 # The windows and the memory budget have no short form beside the heart itself: 4 to 8 times.
 
 class Op(NamedTuple):
@@ -913,7 +919,7 @@ def way_down(view, stages, lines, box):
             steps.append(Windowed(op, view))
             view, below_affine = view.below(op), True
         if line is not None:
-            steps.append(Lines(*(view.take(t) for t in line[:3])))
+            steps.append(Lines(*(view.take(t) for t in line)))
             below_affine = False
     return [Box(*(view.take(t) for t in box)), *steps[::-1]]
 
@@ -965,7 +971,7 @@ def all_rows(stages, lines, box, budget):
             yield from ((some, slice(o, o + channels), way) for o in starts)
 
     def bound(some, channels, way):
-        low = [quick_bound(A, d, way) for A, d in start(some, channels)]
+        low = [lower_bound(A, d, way) for A, d in start(some, channels)]
         low = torch.cat([t.reshape(*t.shape[:2], G, -1) for t in low], 3)
         return low.unflatten(3, (2, -1))                                       # (P, b, G, 2, o)
 
@@ -990,7 +996,7 @@ def both_signs(t, dim):
 
 def parts_of(maps, samples):
     """The same Lines or Boxes for some of the samples."""
-    return [type(each)(*(t[:, samples] for t in each if torch.is_tensor(t))) for each in maps]
+    return [type(each)(*(t[:, samples] for t in each)) for each in maps]
 
 
 def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
@@ -1024,7 +1030,7 @@ def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
         picked = view._replace(sample=samples[:, t:t + U], position=position)
         A, d = (both_signs(t[entry][:, :, None, None], 3) for t in (W, c))  # (P, U, 1, 2, Q)
         way = way_down(picked, below, lines, box)
-        return best_slopes(A, d, way, ascent, quick_bound)[:, :, 0]
+        return best_slopes(A, d, way, ascent, no_checkpoint)[:, :, 0]
 
     low = budget.run(bound, [(t,) for t in range(0, longest, U)], keeps * U)
     low = torch.cat(low, 1)[member, slot]
@@ -1068,7 +1074,7 @@ def first_relu(W, c, view, lines, op):
     """
     M = op.matrix(view.kernel, view.below(op).kernel, (0, 0))                       # (P, Q, Q')
     b = op.bias.repeat(1, math.prod(view.kernel))[:, None, None]
-    lower, upper, intercept = lines[:3]
+    lower, upper, intercept = lines
     maps = (lower + upper) / 2, (upper - lower) / 2, intercept / 2
     mean, half, t = (view.take(each).squeeze(3) for each in maps)                # (P, B, G, Q)
     sides = (mean, mean * b + t), (half, half * b + t)
@@ -1088,27 +1094,6 @@ def first_relu(W, c, view, lines, op):
         return [(X - Y, x - y), minus]
 
     return start
-
-
-# The inner loops of everything. Their backward passes are written out: they go over the rows less
-# often than autograd's, and of all that is as large as A they keep only A.
-
-def quick_bound(A, d, steps):
-    """lower_bound."""
-    quick = {Lines: QuickLines, Box: QuickBox}
-    steps = [quick[type(step)](*step) if type(step) in quick else step for step in steps]
-    return lower_bound(A, d, steps)
-
-
-class QuickLines(Lines):
-    def back(self, A, d):
-        A, constant = ThroughLines.apply(A, *self[:3])
-        return A - self.multiplier if torch.is_tensor(self.multiplier) else A, d + constant
-
-
-class QuickBox(Box):
-    def back(self, A, d):
-        return None, d + Minimum.apply(A, *self)
 
 
 FEW = 3      # channels: up to so many, a transposed convolution is slow on a CPU
@@ -1146,64 +1131,6 @@ def sub_pixel(A, weight, size, s, p, groups):
     below, right = (n + p - made for n, made in zip(size, A.shape[1:3]))
     A = F.pad(A, (0, 0, -p, right, -p, below))
     return A.permute(0, 3, 1, 2)
-
-
-class ThroughLines(torch.autograd.Function):
-    """A+ lower + A- upper (..., R, Q) and A- . intercept (..., R), where A = A+ + A-."""
-
-    @staticmethod
-    def forward(ctx, A, lower, upper, intercept):
-        ctx.save_for_backward(A, lower, upper, intercept)
-        negative = minus(A)
-        constant = (negative @ intercept.mT).squeeze(-1)
-        return torch.addcmul(A * lower, negative, upper - lower), constant
-
-    @staticmethod
-    def backward(ctx, g, h):
-        A, lower, upper, intercept = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        grads = [None] * 4
-        if need[0]:
-            grad = (g * (upper - lower)).addcmul_(h[..., None], intercept)
-            grads[0] = through_minus(grad, A).addcmul_(g, lower).sum_to_size(A.shape)
-        if need[1]:
-            grads[1] = (g * F.relu(A)).sum_to_size(lower.shape)
-        if need[2] or need[3]:
-            negative = minus(A)
-            grads[2] = (g * negative).sum_to_size(upper.shape)
-            grads[3] = (h[..., None, :] @ negative).sum_to_size(intercept.shape)
-        return tuple(grads)
-
-
-class Minimum(torch.autograd.Function):
-    """A+ . lower + A- . upper, (..., R)."""
-
-    @staticmethod
-    def forward(ctx, A, lower, upper):
-        ctx.save_for_backward(A, lower, upper)
-        return (A @ lower.mT + minus(A) @ (upper - lower).mT).squeeze(-1)
-
-    @staticmethod
-    def backward(ctx, g):
-        A, lower, upper = ctx.saved_tensors
-        grads, column, row = [None] * 3, g[..., None], g[..., None, :]
-        if ctx.needs_input_grad[0]:
-            grad = through_minus(column * (upper - lower), A)
-            grads[0] = grad.addcmul_(column, lower).sum_to_size(A.shape)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grads[1] = (row @ F.relu(A)).sum_to_size(lower.shape)
-            grads[2] = (row @ minus(A)).sum_to_size(upper.shape)
-        return tuple(grads)
-
-
-def minus(A):
-    """A- = min(A, 0): as clamp(max=0), whose backward pass is three times as slow on a CPU."""
-    return F.hardtanh(A, -torch.inf, 0.0)
-
-
-def through_minus(grad, A):
-    """The gradient of A-, times grad."""
-    return torch.ops.aten.hardtanh_backward(grad, A.expand_as(grad), -torch.inf, 0.0)
 
 
 # Rows are bounded in passes. The most coefficients at once in one, where more are no faster; and
@@ -1262,7 +1189,6 @@ class Budget:
 
 class QuickEngine(Engine):
     """Engine, with stages of Ops."""
-    bound = staticmethod(quick_bound)
 
     def neurons(self, box, ask):
         if not ask.substitute:
@@ -1286,7 +1212,7 @@ class QuickEngine(Engine):
             some, *pairs = parts_of(maps, slice(b, b + samples))
             lines = [relax_relu(*for_rows(pair), ask.slope) for pair in pairs]
             way = [for_rows(some), *interleaved([*stages, []], lines)]
-            return best_slopes(*self.rows(W, c, y[b:b + samples]), way, ask.ascent, quick_bound)
+            return best_slopes(*self.rows(W, c, y[b:b + samples]), way, ask.ascent, no_checkpoint)
 
         sizes = sizes_down(View(W.shape[2:]), stages)
         fit, keeps = budget.fit(P * K, sizes, held=2 + 3 / K)

@@ -30,8 +30,6 @@ PIECES = {  # name: what takes its place
     "first_relu": {"can_fuse": lambda below, view: False},
     "is_dense": {"is_dense": lambda op, size: False},
     "unstable_rows": {"unstable_rows": all_of},
-    "QuickLines": {"QuickLines": relaxations.Lines},
-    "QuickBox": {"QuickBox": relaxations.Box},
     "sub_pixel": {"FEW": 0},
     "all of it": {"FAST": False},
 }
