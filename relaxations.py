@@ -145,14 +145,18 @@ class Lines(NamedTuple):
     lower: torch.Tensor
     upper: torch.Tensor
     intercept: torch.Tensor
-    multiplier: torch.Tensor = 0.0     # of each row, see "free choices"
 
     def back(self, A, d):
         """a.relu(z) + d >= a'.z + d': the lower line where a > 0, the upper one where a < 0."""
-        below = -F.relu(-A)
-        above = A - below
-        d = d + (below * self.intercept).sum(-1)
-        return above * self.lower + below * self.upper - self.multiplier, d
+        negative = minus(A)
+        d = d + (negative @ self.intercept.mT).squeeze(-1)
+        # A+ lower + A- upper, where A+ = A - A-
+        return torch.addcmul(A * self.lower, negative, self.upper - self.lower), d
+
+
+def minus(A):
+    """A- = min(A, 0), as clamp(max=0), whose backward pass is three times as slow on a CPU."""
+    return F.hardtanh(A, -torch.inf, 0.0)
 
 
 def relax_relu(l, u, slope=adaptive):
@@ -175,9 +179,8 @@ class Box(NamedTuple):
 
     def back(self, A, d):
         """The smallest a.x + d in the box, exactly: each x_j goes to one of its ends."""
-        below = -F.relu(-A)
-        above = A - below
-        return None, d + (above * self.lower + below * self.upper).sum(-1)
+        low = A @ self.lower.mT + minus(A) @ (self.upper - self.lower).mT    # A+ lower + A- upper
+        return None, d + low.squeeze(-1)
 
 
 def lower_bound(A, d, steps):
@@ -306,11 +309,10 @@ def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=ad
     the ball. Arguments and errors are those of margin_lower_bounds.
     """
     network, box = prepare(net, x, eps, relax, params)
-    ask, machine = options(relax, slope, skip_stable, steps, Budget(memory, x)), engine(network)
+    ask = options(relax, slope, skip_stable, steps, Budget(memory, x))
     with full_precision(x):
-        bounds = machine.neurons(machine.inward(box, 0), ask)
-    bounds = [machine.outward(pair, i) for i, pair in enumerate(bounds, 1)]
-    return [tuple(t.reshape(shape) for t in pair)
+        bounds = engine(network).neurons(box, ask)
+    return [tuple(t.expand(network.P, -1, -1).reshape(shape) for t in pair)
             for pair, shape in zip(bounds, bound_shapes(network, x, params))]
 
 
@@ -349,13 +351,14 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     """
     network, box = prepare(net, x, eps, relax, params)
     ask, machine = options(relax, slope, skip_stable, steps, Budget(memory, x)), engine(network)
-    box, y = machine.inward(box, 0), as_labels(y, x, machine.K)
-    if intermediate is not None:
-        check_bounds(intermediate, bound_shapes(network, x, params), x)
-        flat = [[t.reshape(network.P, len(x), -1) for t in pair] for pair in intermediate]
-        bounds = [machine.inward(pair, i) for i, pair in enumerate(flat, 1)]
+    y = as_labels(y, x, machine.K)
     with full_precision(x):
-        bounds = machine.neurons(box, ask) if intermediate is None else bounds
+        if intermediate is None:
+            bounds = machine.neurons(box, ask)
+        else:
+            check_bounds(intermediate, bound_shapes(network, x, params), x)
+            bounds = [Box(*(t.reshape(network.P, len(x), -1) for t in pair))
+                      for pair in intermediate]
         low = machine.margins(box, y, bounds, ask)
     if relax == "alpha-crown" and intermediate is None:     # tighter bounds may flip a rule's slope
         deeppoly = margin_lower_bounds(net, x, y, eps, "deeppoly", params, skip_stable, slope=slope,
@@ -392,21 +395,11 @@ class Engine(NamedTuple):
     layouts: list        # what each stage reads and, last, the logits: (C, H, W), for QuickEngine
     P: int
     K: int
-    bound = staticmethod(lower_bound)
-
-    def inward(self, pair, i):
-        """Lower and upper bounds of what stage i reads, as this engine lays them out."""
-        return Box(*pair)
-
-    def outward(self, pair, i):
-        """And back in PyTorch's order."""
-        return pair
 
     def neurons(self, box, ask):
-        """The bounds before each ReLU: a Box of (P, B, N) for each."""
+        """The bounds before each ReLU: a Box of (P, B, N) for each, or of (1, B, N)."""
         bound = partial(best_where_unstable, ascent=ask.ascent) if ask.ascent else lower_bound
-        bounds = neurons(self.stages, box, ask.substitute, ask.slope, ask.skip_stable, bound)
-        return [self.of_all(pair) for pair in bounds]
+        return neurons(self.stages, box, ask.substitute, ask.slope, ask.skip_stable, bound)
 
     def margins(self, box, y, bounds, ask):
         """The bounds of the margins, (P, B, K)."""
@@ -414,10 +407,6 @@ class Engine(NamedTuple):
         bound = partial(best_slopes, ascent=ask.ascent)
         rows = (eye[y][:, None] - eye)[None]
         return margins(self.stages, rows, bounds, box, ask.relax, ask.slope, bound)
-
-    def of_all(self, pair):
-        """Bounds of P networks, where they are the same for all of them."""
-        return Box(*(t.expand(self.P, -1, -1) for t in pair))
 
 
 def engine(network):
@@ -482,10 +471,10 @@ def checked(slope):
     return rule
 
 
-def replaced(steps, **fields):
-    """The steps with other fields for the Lines, one after another: lower=[first, second, ...]."""
-    of_each = iter(zip(*fields.values()))
-    return [step._replace(**dict(zip(fields, next(of_each)))) if isinstance(step, Lines) else step
+def with_lower(steps, slopes):
+    """The steps with other lower slopes for the Lines, one after another."""
+    of_each = iter(slopes)
+    return [step._replace(lower=next(of_each)) if isinstance(step, Lines) else step
             for step in steps]
 
 
@@ -522,21 +511,20 @@ def ascend(bound, free, limits, rates, steps, *, target=torch.inf, shield=nullco
                 t.clamp_(lowest, highest)
 
 
-def best_slopes(A, d, steps, ascent, bound=lower_bound):
+def best_slopes(A, d, steps, ascent, shield=nullcontext):
     """lower_bound with the best lower slopes that so many steps of ascent find for each row, from
     the given ones on (alpha-CROWN). Its gradient is that of the bound, with the slopes held fixed.
     """
     lines = [step for step in steps if isinstance(step, Lines)]
     if not ascent or not lines:
-        return bound(A, d, steps)
+        return lower_bound(A, d, steps)
     start = []
     for line in lines:
         rows = torch.broadcast_shapes(A.shape[:-1], line.lower.shape[:-1])
         start.append(line.lower.expand(*rows, -1))
     limits = [(line.upper.floor(), line.upper.ceil()) for line in lines]
-    chosen = lambda slopes: bound(A, d, replaced(steps, lower=slopes))
-    rates, shield = [RATES[0]] * len(start), nullcontext if bound is lower_bound else no_checkpoint
-    best, slopes = ascend(chosen, start, limits, rates, ascent, shield=shield)
+    chosen = lambda slopes: lower_bound(A, d, with_lower(steps, slopes))
+    best, slopes = ascend(chosen, start, limits, [RATES[0]] * len(start), ascent, shield=shield)
     return chosen(slopes) if torch.is_grad_enabled() else best
 
 
@@ -585,6 +573,14 @@ class Subdomains(NamedTuple):
     multipliers: torch.Tensor   # (B, N) s beta
 
 
+class Shift(NamedTuple):
+    """A step that subtracts multipliers s beta from the coefficients of the z of a ReLU."""
+    by: torch.Tensor
+
+    def back(self, A, d):
+        return A - self.by, d
+
+
 class Note(NamedTuple):
     """A step that does nothing: it keeps the coefficients of what the step below it gives."""
     kept: list
@@ -602,25 +598,24 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
     give the input and, from below upwards, the outputs of each ReLU.
     """
     machine = engine(network)
-    stages, layouts, bound = machine.stages, machine.layouts, machine.bound
+    stages, layouts = machine.stages, machine.layouts
 
     def by_relu(t):                                                          # (1, B, 1, N) each
         parts = t[None, :, None].split(sub.sizes, -1)
         return [hwc(part, layout) for part, layout in zip(parts, layouts[1:])]
 
     def chosen(choices):
-        lower, multiplier = (by_relu(t) for t in choices)
-        return bound(rows, 0, replaced(way, lower=lower, multiplier=multiplier))[0, :, 0]
+        steps = [box, notes[0], *stages[0]]
+        parts = zip(lines, *map(by_relu, choices), notes[1:], stages[1:])
+        for line, lower, multipliers, note, layers in parts:
+            steps += [Shift(multipliers), line._replace(lower=lower), note, *layers]
+        return lower_bound(rows, 0, steps)[0, :, 0]
 
     box = Box(*(hwc(t[:, :, None], layouts[0]) for t in sub.box))
     rows = hwc(sub.rows, layouts[-1])[None, :, None]                         # (1, B, 1, K)
     whole = relax_relu(sub.l, sub.u)
-    lines = [Lines(*parts) for parts in zip(*(by_relu(t) for t in whole[:3]))]
-    way, notes = [], []
-    for step in [box, *interleaved(stages, lines)]:
-        if isinstance(step, (Box, Lines)):
-            notes.append(Note([]))
-        way += [step, notes[-1]] if isinstance(step, (Box, Lines)) else [step]
+    lines = [Lines(*parts) for parts in zip(*map(by_relu, whole))]
+    notes = [Note([]) for _ in stages]
     unused = torch.zeros_like(sub.signs)
     limits = [(whole.upper.floor(), whole.upper.ceil()),
               (unused.masked_fill(sub.signs < 0, -torch.inf),
@@ -647,20 +642,18 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
 # Nothing above needs what follows; FAST = False leaves it out. It reads Conv2d, Linear, BatchNorm
 # and zero padding, as most networks have nothing else; any other goes through the heart.
 #
-# Prices, as times longer without a piece, forward and backward: benchmarks/prices.py at aed74e3,
-# CNN3 with 64 images of digits and MNIST, initial weights, one thread of an AMD EPYC.
+# Prices, as times longer without a piece: benchmarks/prices.py, CNN3 with 64 images of digits and
+# MNIST, initial weights, one thread of an AMD EPYC.
 #     unstable_rows    8.3   skip_stable, after training by box; else nearly all rows are unstable
 #     first_relu       1.6 to 1.8   DeepPoly, which is_dense lets in
-#     QuickBox         1.12 to 1.18   DeepPoly, and 1.8 times the memory
-#     ConvTranspose    1.13 to 1.22   CROWN-IBP; sub_pixel makes 1.09 to 1.21 of it
-#     QuickLines       1.11 to 1.13   CROWN-IBP, and 1.2 times the memory; nothing with DeepPoly
+#     sub_pixel        1.2 to 1.4   CROWN-IBP forward; 1.04 to 1.19 with its gradient
 # The windows and the memory budget have no short form beside the heart itself: 4 to 8 times.
 
 class Op(NamedTuple):
     """A Layer without its module: a linear one (stride None) or a convolution.
 
-    Maps are flat in the order (height, width, channel), in which transposed convolutions are
-    fastest; bounds come and go in PyTorch's order (hwc and chw translate).
+    Its bounds are in PyTorch's order; rows, and the lines and the box that they meet, in the order
+    (height, width, channel), in which transposed convolutions are fastest (hwc translates).
     """
     weight: torch.Tensor     # (P, O, N), or (P, O, C/groups, kh, kw)
     bias: torch.Tensor       # (P, O)
@@ -673,55 +666,52 @@ class Op(NamedTuple):
 
     def apply(self, h, weight, bias=None):
         """W h + b: (P or 1, B, N) -> (P, B, N')."""
-        P = len(weight)
+        P, B = len(weight), h.shape[1]
         if self.stride is None:
-            h = chw(h, self.in_shape)
             y = (weight @ h.mT).mT           # not h @ weight.mT, whose gradient is a transpose
             return y if bias is None else y + bias[:, None]
         # The population becomes channels: one grouped convolution, or, while all members still see
         # the same input, one convolution with P times the output channels.
         shared = len(h) == 1 and self.groups == 1
-        h = as_map(h if shared else h.expand(P, -1, -1), self.in_shape)
+        h = h if shared else h.expand(P, -1, -1)
+        h = h.transpose(0, 1).reshape(B, -1, *self.in_shape[1:])
         y = F.conv2d(h, weight.flatten(0, 1), None if bias is None else bias.flatten(),
                      self.stride, self.padding, self.dilation, 1 if shared else P * self.groups)
-        return as_rows(y, P)
+        return y.reshape(B, P, -1).transpose(0, 1)
 
     def interval(self, lower, upper):
-        middle = torch.lerp(lower, upper, 0.5)
-        centre = self.apply(middle, self.weight, self.bias)
-        radius = self.apply(upper - middle, self.weight.abs())
+        centre = torch.lerp(lower, upper, 0.5)
+        radius = self.apply(upper - centre, self.weight.abs())
+        centre = self.apply(centre, self.weight, self.bias)
         return centre - radius, centre + radius
 
     def back(self, A, d, kernel=None, size=None, padding=None):
         """Layer.back, for rows A (P, ..., Q) of all outputs; or of a window of them of the size
         kernel, which sees inputs of the given size."""
-        kernel = kernel or self.out_shape[1:]
+        window = (kernel or self.out_shape[1:], size or self.in_shape[1:],
+                  self.padding if padding is None else padding)
         lead, rows = A.shape[1:-1], A.flatten(1, -2)                           # (P, rows, Q)
-        bias = self.bias.repeat(1, math.prod(kernel))[..., None]
+        bias = self.bias.repeat(1, math.prod(window[0]))[..., None]
         d = d + (rows @ bias).squeeze(2).unflatten(1, lead)
-        if self.stride is None:
-            rows = rows @ hwc(self.weight, self.in_shape)
+        if self.stride is None or is_dense(self, window[1]):
+            rows = rows @ self.matrix(*window)
         else:
-            rows = self.transposed(rows, kernel, size or self.in_shape[1:],
-                                   self.padding if padding is None else padding)
+            rows = self.transposed(rows, *window)
         return rows.unflatten(1, lead), d
+
+    def matrix(self, kernel, size, padding):
+        """The layer on such a window as a matrix, (P, Q, Q')."""
+        if self.stride is None:
+            return hwc(self.weight, self.in_shape)
+        eye = torch.eye(self.weight.shape[1] * math.prod(kernel)).to(self.weight)
+        return self.transposed(eye[None], kernel, size, padding)
 
     def transposed(self, rows, kernel, size, padding):
         """Rows (P, M, Q) of a window of outputs as rows of the inputs that it sees."""
-        if is_dense(self, size):
-            return rows @ self.matrix(kernel, size, padding)
-        return self.conv_transpose(rows, kernel, size, padding)
-
-    def matrix(self, kernel, size, padding):
-        """The convolution on such a window as a matrix, (P, Q, Q')."""
-        eye = torch.eye(self.weight.shape[1] * math.prod(kernel)).to(self.weight)
-        return self.conv_transpose(eye[None], kernel, size, padding)
-
-    def conv_transpose(self, rows, kernel, size, padding):
         P, O = self.bias.shape
         A = as_map(rows.expand(P, -1, -1), (O, *kernel))
-        A = ConvTranspose.apply(A, self.weight.flatten(0, 1), size, self.stride, padding,
-                                self.dilation, P * self.groups)
+        A = conv_transpose(A, self.weight.flatten(0, 1), size, self.stride, padding,
+                           self.dilation, P * self.groups)
         return as_rows(A, P)
 
 
@@ -741,6 +731,10 @@ def as_rows(y, P):
 def hwc(t, shape):
     """The last dimension of t, if it is a map (C, H, W), in the order (H, W, C)."""
     return t.unflatten(-1, (shape[0], -1)).mT.flatten(-2) if len(shape) == 3 else t
+
+
+def hwc_box(pair, shape):
+    return Box(*(hwc(t, shape) for t in pair))
 
 
 def chw(t, shape):
@@ -927,7 +921,7 @@ def way_down(view, stages, lines, box):
             steps.append(Windowed(op, view))
             view, below_affine = view.below(op), True
         if line is not None:
-            steps.append(Lines(*(view.take(t) for t in line[:3])))
+            steps.append(Lines(*(view.take(t) for t in line)))
             below_affine = False
     return [Box(*(view.take(t) for t in box)), *steps[::-1]]
 
@@ -979,14 +973,14 @@ def all_rows(stages, lines, box, budget):
             yield from ((some, slice(o, o + channels), way) for o in starts)
 
     def bound(some, channels, way):
-        low = [quick_bound(A, d, way) for A, d in start(some, channels)]
+        low = [lower_bound(A, d, way) for A, d in start(some, channels)]
         low = torch.cat([t.reshape(*t.shape[:2], G, -1) for t in low], 3)
         return low.unflatten(3, (2, -1))                                       # (P, b, G, 2, o)
 
     low, n = budget.run(bound, jobs(), keeps * samples * channels), len(starts)
     low = [torch.cat(low[i:i + n], 4) for i in range(0, len(low), n)]
     low, minus_high = torch.cat(low, 1).unbind(3)                              # (P, B, G, O) each
-    return low.flatten(2), -minus_high.flatten(2)
+    return low.mT.flatten(2), -minus_high.mT.flatten(2)                        # in PyTorch's order
 
 
 def can_fuse(below, view):
@@ -1004,7 +998,7 @@ def both_signs(t, dim):
 
 def parts_of(maps, samples):
     """The same Lines or Boxes for some of the samples."""
-    return [type(each)(*(t[:, samples] for t in each if torch.is_tensor(t))) for each in maps]
+    return [type(each)(*(t[:, samples] for t in each)) for each in maps]
 
 
 def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
@@ -1021,6 +1015,7 @@ def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
     *below, (*others, op) = stages
     below, (W, c, view) = [*below, others], first_rows(op)
     P, Gx, O, _ = W.shape
+    G = math.prod(view.positions)
     # The t-th pick of each member, as tables (P, U); short lists are filled up with zeros.
     counts = member.bincount(minlength=P)
     before = counts.cumsum(0) - counts
@@ -1032,12 +1027,12 @@ def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
     U = min(longest, fit)
 
     def bound(t):
-        position, channel = neurons[:, t:t + U] // O, neurons[:, t:t + U] % O
+        position, channel = neurons[:, t:t + U] % G, neurons[:, t:t + U] // G
         entry = members, position if Gx > 1 else 0, channel
         picked = view._replace(sample=samples[:, t:t + U], position=position)
         A, d = (both_signs(t[entry][:, :, None, None], 3) for t in (W, c))  # (P, U, 1, 2, Q)
         way = way_down(picked, below, lines, box)
-        return best_slopes(A, d, way, ascent, quick_bound)[:, :, 0]
+        return best_slopes(A, d, way, ascent, no_checkpoint)[:, :, 0]
 
     low = budget.run(bound, [(t,) for t in range(0, longest, U)], keeps * U)
     low = torch.cat(low, 1)[member, slot]
@@ -1045,9 +1040,9 @@ def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
             u.index_put(where, torch.minimum(u[where], -low[:, 1])))
 
 
-def quick_neurons(stages, box, ask):
+def quick_neurons(stages, layouts, box, ask):
     """neurons with substitute=True; with steps of ascent, as best_where_unstable does it."""
-    bounds, lines, inputs = [], [], box
+    bounds, lines, inputs, box = [], [], box, hwc_box(box, layouts[0])
     for s, ops in enumerate(stages[:-1]):
         l, u = inputs
         exact = not ops or s == 0 and len(ops) == 1
@@ -1061,7 +1056,7 @@ def quick_neurons(stages, box, ask):
         if not exact and ask.ascent:
             l, u = unstable_rows(l, u, stages[:s + 1], lines, box, ask.budget, ask.ascent)
         bounds.append(Box(l, u))
-        lines = [*lines, relax_relu(l, u, ask.slope)]
+        lines = [*lines, relax_relu(*hwc_box(bounds[-1], layouts[s + 1]), ask.slope)]
         inputs = F.relu(l), F.relu(u)
     return bounds
 
@@ -1081,7 +1076,7 @@ def first_relu(W, c, view, lines, op):
     """
     M = op.matrix(view.kernel, view.below(op).kernel, (0, 0))                       # (P, Q, Q')
     b = op.bias.repeat(1, math.prod(view.kernel))[:, None, None]
-    lower, upper, intercept = lines[:3]
+    lower, upper, intercept = lines
     maps = (lower + upper) / 2, (upper - lower) / 2, intercept / 2
     mean, half, t = (view.take(each).squeeze(3) for each in maps)                # (P, B, G, Q)
     sides = (mean, mean * b + t), (half, half * b + t)
@@ -1103,52 +1098,18 @@ def first_relu(W, c, view, lines, op):
     return start
 
 
-# The inner loops of everything. Their backward passes are written out: they go over the rows less
-# often than autograd's, and of all that is as large as A they keep only A.
-
-def quick_bound(A, d, steps):
-    """lower_bound."""
-    quick = {Lines: QuickLines, Box: QuickBox}
-    steps = [quick[type(step)](*step) if type(step) in quick else step for step in steps]
-    return lower_bound(A, d, steps)
-
-
-class QuickLines(Lines):
-    def back(self, A, d):
-        A, constant = ThroughLines.apply(A, *self[:3])
-        return A - self.multiplier if torch.is_tensor(self.multiplier) else A, d + constant
-
-
-class QuickBox(Box):
-    def back(self, A, d):
-        return None, d + Minimum.apply(A, *self)
-
-
 FEW = 3      # channels: up to so many, a transposed convolution is slow on a CPU
 
 
-class ConvTranspose(torch.autograd.Function):
-    """conv_transpose2d to a map of the given size; on a CPU faster, where channels are few."""
-
-    @staticmethod
-    def forward(ctx, A, weight, size, stride, padding, dilation, groups):
-        ctx.save_for_backward(A, weight)
-        ctx.options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
-        kernel = weight.shape[2:]
-        square = all(t[0] == t[1] for t in (kernel, stride, padding))
-        if square and stride[0] > 1 and dilation == (1, 1) and weight.shape[1] <= FEW:
-            return sub_pixel(A, weight, size, stride[0], padding[0], groups)
-        along = zip(size, stride, padding, dilation, kernel)
-        rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, s, p, d, k in along]
-        return F.conv_transpose2d(A, weight, output_padding=rest, **ctx.options)
-
-    @staticmethod
-    def backward(ctx, g):
-        (A, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
-        g = g.contiguous(memory_format=torch.channels_last)
-        return (F.conv2d(g, weight, **ctx.options) if needs[0] else None,
-                nn.grad.conv2d_weight(g, weight.shape, A, **ctx.options) if needs[1] else None,
-                *[None] * 5)
+def conv_transpose(A, weight, size, stride, padding, dilation, groups):
+    """conv_transpose2d to a map of the given size."""
+    kernel = weight.shape[2:]
+    square = all(t[0] == t[1] for t in (kernel, stride, padding))
+    if square and stride[0] > 1 and dilation == (1, 1) and weight.shape[1] <= FEW:
+        return sub_pixel(A, weight, size, stride[0], padding[0], groups)
+    along = zip(size, stride, padding, dilation, kernel)
+    rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, s, p, d, k in along]
+    return F.conv_transpose2d(A, weight, None, stride, padding, rest, groups, dilation)
 
 
 def sub_pixel(A, weight, size, s, p, groups):
@@ -1172,64 +1133,6 @@ def sub_pixel(A, weight, size, s, p, groups):
     below, right = (n + p - made for n, made in zip(size, A.shape[1:3]))
     A = F.pad(A, (0, 0, -p, right, -p, below))
     return A.permute(0, 3, 1, 2)
-
-
-class ThroughLines(torch.autograd.Function):
-    """A+ lower + A- upper (..., R, Q) and A- . intercept (..., R), where A = A+ + A-."""
-
-    @staticmethod
-    def forward(ctx, A, lower, upper, intercept):
-        ctx.save_for_backward(A, lower, upper, intercept)
-        negative = minus(A)
-        constant = (negative @ intercept.mT).squeeze(-1)
-        return torch.addcmul(A * lower, negative, upper - lower), constant
-
-    @staticmethod
-    def backward(ctx, g, h):
-        A, lower, upper, intercept = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        grads = [None] * 4
-        if need[0]:
-            grad = (g * (upper - lower)).addcmul_(h[..., None], intercept)
-            grads[0] = through_minus(grad, A).addcmul_(g, lower).sum_to_size(A.shape)
-        if need[1]:
-            grads[1] = (g * F.relu(A)).sum_to_size(lower.shape)
-        if need[2] or need[3]:
-            negative = minus(A)
-            grads[2] = (g * negative).sum_to_size(upper.shape)
-            grads[3] = (h[..., None, :] @ negative).sum_to_size(intercept.shape)
-        return tuple(grads)
-
-
-class Minimum(torch.autograd.Function):
-    """A+ . lower + A- . upper, (..., R)."""
-
-    @staticmethod
-    def forward(ctx, A, lower, upper):
-        ctx.save_for_backward(A, lower, upper)
-        return (A @ lower.mT + minus(A) @ (upper - lower).mT).squeeze(-1)
-
-    @staticmethod
-    def backward(ctx, g):
-        A, lower, upper = ctx.saved_tensors
-        grads, column, row = [None] * 3, g[..., None], g[..., None, :]
-        if ctx.needs_input_grad[0]:
-            grad = through_minus(column * (upper - lower), A)
-            grads[0] = grad.addcmul_(column, lower).sum_to_size(A.shape)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grads[1] = (row @ F.relu(A)).sum_to_size(lower.shape)
-            grads[2] = (row @ minus(A)).sum_to_size(upper.shape)
-        return tuple(grads)
-
-
-def minus(A):
-    """A- = min(A, 0): as clamp(max=0), whose backward pass is three times as slow on a CPU."""
-    return F.hardtanh(A, -torch.inf, 0.0)
-
-
-def through_minus(grad, A):
-    """The gradient of A-, times grad."""
-    return torch.ops.aten.hardtanh_backward(grad, A.expand_as(grad), -torch.inf, 0.0)
 
 
 # Rows are bounded in passes. The most coefficients at once in one, where more are no faster; and
@@ -1288,18 +1191,11 @@ class Budget:
 
 class QuickEngine(Engine):
     """Engine, with stages of Ops."""
-    bound = staticmethod(quick_bound)
-
-    def inward(self, pair, i):
-        return Box(*(hwc(t, self.layouts[i]) for t in pair))
-
-    def outward(self, pair, i):
-        return Box(*(chw(t, self.layouts[i]) for t in pair))
 
     def neurons(self, box, ask):
         if not ask.substitute:
             return Engine.neurons(self, box, ask)
-        return [self.of_all(pair) for pair in quick_neurons(self.stages, box, ask)]
+        return quick_neurons(self.stages, self.layouts, box, ask)
 
     def margins(self, box, y, bounds, ask):
         """Samples go down in passes; no row is spent on the margin of y over itself."""
@@ -1311,13 +1207,14 @@ class QuickEngine(Engine):
             box, bounds = Box(*map(F.relu, bounds[-1])) if bounds else box, []
             if K <= 32:
                 return self.box_of_few_classes(W, c, box, y)
-        stages = self.stages[:len(bounds)]
+        stages, layouts = self.stages[:len(bounds)], self.layouts[-2 - len(bounds):]
+        maps = [hwc_box(pair, layout) for pair, layout in zip([box, *bounds], layouts)]
 
         def of_samples(b):
-            some, *pairs = parts_of([box, *bounds], slice(b, b + samples))
+            some, *pairs = parts_of(maps, slice(b, b + samples))
             lines = [relax_relu(*for_rows(pair), ask.slope) for pair in pairs]
             way = [for_rows(some), *interleaved([*stages, []], lines)]
-            return best_slopes(*self.rows(W, c, y[b:b + samples]), way, ask.ascent, quick_bound)
+            return best_slopes(*self.rows(W, c, y[b:b + samples]), way, ask.ascent, no_checkpoint)
 
         sizes = sizes_down(View(W.shape[2:]), stages)
         fit, keeps = budget.fit(P * K, sizes, held=2 + 3 / K)
@@ -1328,6 +1225,7 @@ class QuickEngine(Engine):
     def box_of_few_classes(self, W, c, box, y):
         """The rows of all labels in one product, which serves all samples."""
         labels, which = y.unique(return_inverse=True)
+        W = chw(W, self.layouts[-2])
         A, d = (t.flatten(1, 2) for t in self.rows(W, c, labels))              # (P, L*(K-1), N)
         low = d[:, None] + box.lower @ A.mT + (box.upper - box.lower) @ minus(A).mT
         low = low.unflatten(2, (len(labels), -1))[:, torch.arange(len(y)), which]

@@ -506,7 +506,7 @@ def test_transposed_convolution_and_its_gradient():
         W = torch.randn(O * groups, C, k, k, dtype=torch.float64, requires_grad=True)
         x = torch.randn(2, C * groups, *size, dtype=torch.float64)
         options = size, (s, s), (p, p), (d, d), groups
-        ours = relaxations.ConvTranspose.apply(A, W, *options)
+        ours = relaxations.conv_transpose(A, W, *options)
         adjoint = (nn.functional.conv2d(x, W, None, s, p, d, groups) * A).sum()     # <Wx, A>
         torch.testing.assert_close((ours * x).sum(), adjoint)                       # = <x, W'A>
         ours, grads = (torch.autograd.grad(t, (A, W)) for t in ((ours * x).sum(), adjoint))
@@ -544,18 +544,6 @@ def test_the_trace_is_in_the_order_of_the_input():
     low = relaxations.subdomain_bounds(network, sub, trace=trace)[0]
     grads = torch.autograd.grad(low.sum(), box)
     torch.testing.assert_close(trace[0], (grads[0] + grads[1])[0])
-
-
-def test_the_functions_with_a_backward_pass_of_their_own():
-    """Finite differences, for every way the shapes broadcast."""
-    def random(*shape):
-        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    for A in (random(2, 3, 2, 4, 5), random(2, 1, 2, 4, 5), random(1, 3, 2, 4, 5)):
-        for R in (1, 4):                                     # one slope for all rows, or for each
-            lines = random(2, 3, 2, R, 5), random(2, 3, 2, 1, 5), random(2, 3, 2, 1, 5)
-            assert torch.autograd.gradcheck(relaxations.ThroughLines.apply, (A, *lines))
-        for box in ((random(2, 3, 2, 1, 5), random(2, 3, 2, 1, 5)), (random(1, 3, 2, 1, 5),) * 2):
-            assert torch.autograd.gradcheck(relaxations.Minimum.apply, (A, *box))
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -2416,7 +2404,7 @@ def test_the_clock_reaches_every_stage(clock):
         assert list(dict.fromkeys(names[4:])) == ["descend", "neurons", "roots"]
         for timeout in (0.0, 1.0, 5.5, 7.5, 9.0, 12.0, 40.0, 100.0):
             clock.clear()
-            v, = certify.certify(net, *image, timeout)
+            v, = certify.certify(net, *image, timeout, stages=certify.STAGES[:4])
             asked = [(name, COSTS.get(name, 2.0) * size) for name, size in clock if size]
             costs = [cost for _, cost in asked]
             assert sum(costs[:-1]) <= timeout and v.seconds == pytest.approx(sum(costs))

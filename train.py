@@ -43,7 +43,7 @@ from plumbing.rounding import check_finite, first_not_finite, in_float64, unit_o
 from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, is_finished,
                            lengthen, locked, new_folder, read_checkpoint, recording, restored,
                            run_folder)
-from plumbing.timing import lengths_of, seconds_at
+from plumbing.timing import seconds_at, time_left
 from plumbing.weights import read_weights
 from relaxations import (AFFINE, RELAXATIONS, RESHAPE, SLOPES, margin_lower_bounds,
                          preactivation_bounds, read_network)
@@ -342,8 +342,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     CE(-m, y) bounds the largest cross-entropy in the ball from above. With loss="certified-error"
     the fraction of images with some m_k <= 0, whose gradient is zero, takes its place.
     certified: a list to which each call appends its certified fraction, averaged over P.
-    weight, total: for a part of a minibatch, see plumbing.processes.share.
-    """
+    weight, total: for a part of a minibatch, see plumbing.processes.share."""
     center, radius = x, eps
     if relax in ATTACKING:
         points = attack(net, x, y, eps, steps=8, restarts=1)
@@ -353,12 +352,10 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     neurons = "deeppoly" if relax == "alpha-crown" else outputs
     bounds_of = partial(preactivation_bounds, slope=slope, skip_stable=skip_stable)
     margins_by = partial(margin_lower_bounds, slope=slope, steps=slope_steps)
-
     def losses(thetas):
         params = unflatten(thetas, net)
         bounds = bounds_of(net, center, radius, neurons, params)
-        margins = lambda relax: margins_by(net, center, y, radius, relax, params,
-                                           intermediate=bounds)
+        margins = partial(margins_by, net, center, y, radius, params=params, intermediate=bounds)
         logits = lambda x: vmap(lambda p: functional_call(net, p, (x,)))(params)    # (P, B, K)
         m = margins(outputs)                                                        # (P, B, K)
         if relax == "crown-ibp" and beta < 1:
@@ -535,13 +532,13 @@ def trial(net, x, y, config, device):
                                  theta, sigma, config, noise)[0].item()
 
 
-def train(net, x, y, config, device, folder, show=print, training=None, *, seconds=None):
+def train(net, x, y, config, device, folder, show=print, training=None, *, measure=None):
     """Train net on images x and labels y, by the settings in config (see SETTINGS).
 
     Returns the rows of log.csv, which it writes into folder, as checkpoint.pt (plumbing/runs.py).
     Two generators seeded with config["seed"] draw all random numbers: one batches, one noise.
     training: as load_run returns it with net, to continue; the weights in the end are, bit by bit,
-    those of a run that never stopped. seconds: of steps, see plumbing/timing.py. Raises
+    those of a run that never stopped. measure: of steps, see plumbing/timing.py. Raises
     FloatingPointError where numbers cease to be finite, Interrupted after a signal.
     """
     theta = parameters_to_vector(net.parameters()).detach().clone()
@@ -559,9 +556,9 @@ def train(net, x, y, config, device, folder, show=print, training=None, *, secon
     size = config["batch_size"]
     steps = -(-len(x) // size)
     ramp = config["ramp"] * steps or 1                       # without one, full from the first step
-    lengths = lengths_of([eps_at((i + 1) / ramp, 1.0) for i in range(config["epochs"] * steps)],
-                         seconds)
-    with recording(folder, net, config, now, len(x), show, lengths, **generators) as record:
+    fractions = [eps_at((i + 1) / ramp, 1.0) for i in range(config["epochs"] * steps)]
+    left = time_left(fractions, now["done"], measure)
+    with recording(folder, net, config, now, len(x), show, left, **generators) as record:
         while now["done"] < config["epochs"] * steps:
             epoch, step = divmod(now["done"], steps)
             if step == 0:
@@ -652,11 +649,11 @@ def train_and_show(net, config, training, data, device, show):
     """Train, from the start or from where training was, and print the table of the test images."""
     print(header(config, data, net), flush=True)
     x, y = data.x_train[:config["subset"]], data.y_train[:config["subset"]]
-    seconds = None
+    measure = None
     if config["ramp"] and not is_finished(config, training):
         show("measuring how long a step takes")
-        seconds = seconds_at(trial(net, x, y, config, device))
-    rows = train(net, x, y, config, device, config["out"], show, training, seconds=seconds)
+        measure = lambda: seconds_at(trial(net, x, y, config, device))
+    rows = train(net, x, y, config, device, config["out"], show, training, measure=measure)
     if ranks()[0]:
         return                                         # the first process shows the rest
     if rows:

@@ -11,23 +11,11 @@ from itertools import product
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
 import common                                       # first: it puts the checkout on the path
 import bounds
 import relaxations
 from plumbing.console import keep_memory
-
-
-def plain_conv_transpose(A, weight, size, stride, padding, dilation, groups):
-    along = zip(size, stride, padding, dilation, weight.shape[2:])
-    rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, s, p, d, k in along]
-    return F.conv_transpose2d(A, weight, None, stride, padding, rest, groups, dilation)
-
-
-def plain_bound(A, d, steps, trace=None):
-    """lower_bound with the heart's own Lines and Box."""
-    return relaxations.lower_bound(A, d, steps, trace)
 
 
 def all_of(l, u, stages, lines, box, budget, ascent=0):
@@ -42,9 +30,6 @@ PIECES = {  # name: what takes its place
     "first_relu": {"can_fuse": lambda below, view: False},
     "is_dense": {"is_dense": lambda op, size: False},
     "unstable_rows": {"unstable_rows": all_of},
-    "QuickLines": {"QuickLines": relaxations.Lines},
-    "QuickBox": {"QuickBox": relaxations.Box},
-    "ConvTranspose": {"ConvTranspose.apply": plain_conv_transpose},
     "sub_pixel": {"FEW": 0},
     "all of it": {"FAST": False},
 }
@@ -53,9 +38,7 @@ PIECES = {  # name: what takes its place
 def without(piece):
     stack = ExitStack()
     for name, other in PIECES[piece].items():
-        *path, name = name.split(".")
-        place = getattr(relaxations, path[0]) if path else relaxations
-        stack.enter_context(mock.patch.object(place, name, other))
+        stack.enter_context(mock.patch.object(relaxations, name, other))
     return stack
 
 

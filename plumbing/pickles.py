@@ -103,17 +103,16 @@ def as_text(value):
 def read_pickle(file):
     """What an open binary file holds, Array standing for arrays. Strings of Python 2
     are bytes here, as with encoding="bytes". Raises ValueError for all that is not plain data."""
-    size = file.seek(0, 2)
-    file.seek(0)
+    content = file.read()                        # whole: a file would be asked for what it lacks
     try:
-        return _run(file, size)
+        return _run(content)
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError, StopIteration) as e:
         raise ValueError(f"its instructions do not fit together ({type(e).__name__})") from None
 
 
-def _run(file, size):
+def _run(content):
     stack, memo, copied = [], {}, 0
-    for step, (instruction, argument, place) in enumerate(pickletools.genops(file)):
+    for step, (instruction, argument, place) in enumerate(pickletools.genops(content)):
         name = instruction.name
         if step >= MAX_STEPS:
             raise ValueError(f"more than {MAX_STEPS} instructions")
@@ -147,14 +146,14 @@ def _run(file, size):
             stack.append(reduced(function, arguments))
             if isinstance(stack[-1], bytes):
                 copied += len(stack[-1])
-                if copied > size:                        # one string, encoded again and again
+                if copied > len(content):                # one string, encoded again and again
                     raise ValueError("strings larger than the file")
         elif name == "BUILD":
             stack[-2].build(stack[-1])
             stack.pop()
         elif name not in ("PROTO", "FRAME", "STOP"):
             raise ValueError(f"the instruction {name}, which no plain data needs")
-    if len(stack) != 1 or stack[0] is MARK or place != size - 1:
+    if len(stack) != 1 or stack[0] is MARK or place != len(content) - 1:
         raise ValueError("it ends elsewhere than it should")
     return stack[0]
 

@@ -28,7 +28,6 @@ from plumbing.console import InputError, Interrupted, defaults, duration, warn
 from plumbing.data import check_zip, dataset_kind, hold_out, load_dataset
 from plumbing.networks import is_file
 from plumbing.processes import any_process, check_agreement, from_first, ranks
-from plumbing.timing import time_left
 
 CHECKPOINT = 2           # version of the checkpoint's layout
 SAVE_EVERY = 60.0        # seconds, and after each epoch
@@ -362,20 +361,19 @@ def requests_to_stop():
 
 
 @contextmanager
-def recording(folder, net, config, now, n, show, lengths, **generators):
+def recording(folder, net, config, now, n, show, left, **generators):
     """Yields a function to call after each step, record(epoch, step, eps, numbers, images): it
     counts, shows, logs, saves, and stops.
 
     net, now (see at_start) and generators, which are the optimiser and the generators, are what is
     saved in folder, if there is one: after each epoch over n images, every SAVE_EVERY seconds, and
     before it stops. That is once a signal has asked any of many processes to, and by raising
-    Interrupted in all; the first of them saves. lengths: of all steps, see time_left. epoch and
+    Interrupted in all; the first of them saves. left: see time_left; it is none of the training. epoch and
     step count from 0; numbers: (3,), the loss, the certified fraction and the gradient norm of so
     many images.
     """
     size, begun, saved = config["batch_size"], time.time() - now["seconds"], time.time()
     steps, how = -(-n // size), f"python train.py --resume {folder}"
-    left = time_left(lengths, now["done"])
 
     def save():
         if ranks()[0] == 0 and folder:
@@ -385,7 +383,7 @@ def recording(folder, net, config, now, n, show, lengths, **generators):
             save_checkpoint(folder, net, config, now | state)
 
     def record(epoch, step, eps, numbers, images):
-        nonlocal saved
+        nonlocal saved, begun
         if step == 0:
             now.update(began=now["seconds"], totals=torch.zeros_like(numbers))
         now["done"] += 1
@@ -393,6 +391,7 @@ def recording(folder, net, config, now, n, show, lengths, **generators):
         before, now["seconds"] = now["seconds"], time.time() - begun
         show(progress_line(now, epoch + 1, step + 1, steps, config, eps, numbers,
                            left(now["seconds"] - before)))
+        begun = time.time() - now["seconds"]
         whole_epoch = step + 1 == steps
         if whole_epoch:
             lr = generators["optimizer"].param_groups[0]["lr"]

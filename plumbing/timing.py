@@ -6,7 +6,9 @@ from itertools import accumulate
 
 import numpy as np
 
-FRACTIONS = 0.0, 1 / 16, 1 / 4, 1.0          # of the radius, where a step is measured
+from plumbing.processes import ranks
+
+FRACTIONS = 0.0, 1 / 16, 1 / 4, 1 / 2, 1.0          # of the radius, where a step is measured
 
 
 def seconds_at(step):
@@ -21,26 +23,37 @@ def seconds_at(step):
 
 
 def lengths_of(fractions, seconds):
-    """Of steps at these fractions of the radius, from seconds_at; of equal length without it."""
-    if seconds is None:
-        return [1.0] * len(fractions)
+    """Of steps at these fractions of the radius, from seconds_at."""
     return np.interp(fractions, list(seconds), list(seconds.values())).tolist()
 
 
-def time_left(lengths, done, memory=60.0):
-    """A function seconds -> seconds left, to be called after each step, of which so many are done,
-    with what it took.
+def time_left(fractions, done, measure=None, memory=60.0):
+    """A function seconds -> seconds left, to be called after each step with what it took.
 
-    lengths of all steps count up to a factor: that of the steps of the last minute or so.
+    fractions: of the radius, in all steps, of which so many are done. measure(): what seconds_at
+    returns for the network as it is, up to a factor: that of the steps of the last minute. It is
+    called now and, since bounds change with the weights, every minute of the ramp, or so much more
+    rarely that it takes 2 % of the time. Without it all steps count the same.
     """
-    ahead = [*accumulate(reversed(lengths), initial=0.0)][::-1]      # ahead[i]: of step i and later
-    spent = expected = 0.0
+    ahead, lengths, spent, expected, again = [], [], 0.0, 0.0, 0.0
+
+    def renew():
+        nonlocal ahead, lengths, spent, expected, again
+        begun = time.time()
+        lengths = lengths_of(fractions, measure()) if measure else [1.0] * len(fractions)
+        ahead = [*accumulate(reversed(lengths), initial=0.0)][::-1]    # of step i and later
+        again = time.time() + max(60.0, 50 * (time.time() - begun))
+        spent = expected = 0.0
 
     def left(seconds):
         nonlocal spent, expected, done
+        if measure and ranks()[1] == 1 and time.time() > again and fractions[done] < 1:
+            renew()
         kept = math.exp(-seconds / memory)
         spent = kept * spent + seconds
         expected = kept * expected + lengths[done]
         done += 1
         return spent / expected * ahead[done]
+
+    renew()
     return left
