@@ -250,6 +250,11 @@ def test_equal_to_the_slow_path(name):
                 torch.testing.assert_close(u[i].flatten(), b, atol=1e-9, rtol=0)
 
 
+def test_the_adaptive_slope_is_1_where_both_areas_are_equal():
+    l, u = torch.tensor([[-1.0, -1, -1], [1.0, 0.9, 1.1]])
+    assert relaxations.adaptive(l, u).tolist() == [1, 0, 1]
+
+
 def test_the_worked_example_of_the_docstring():
     """Its numbers, from the text: bounds before the ReLUs, and the margin of each relaxation."""
     net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(),
