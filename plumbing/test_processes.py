@@ -67,7 +67,8 @@ def test_a_job_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_the_first_process_names_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("digits-small-box-grad", "digits-small-box-grad-2"):
+    told = "digits-small-box-grad-batch-size33-kappa0.1-l1-0.0001"
+    for name in (told, told + "-2"):
         assert together(2, *f"{QUICK_RUN} --relax box --opt grad".split()) == [0, 0]
         assert json.loads(Path("runs", name, "config.json").read_text())["processes"] == 2
 
