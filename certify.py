@@ -42,33 +42,30 @@ Letters in shape comments: those of relaxations.py; n nodes (subdomains), k cand
 import heapq
 import itertools
 import math
-import sys
 import time
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.func import jacrev
 
+from plumbing.attack import descend, forward_margin, margins_of, restarts_of, smallest
 from plumbing.checks import check_problem, check_settings
 from plumbing.console import InputError, defaults, pick_device, run, warn
 from plumbing.data import dataset_kind, hold_out, statistics_of
 from plumbing.linear_program import linear_program
 from plumbing.networks import new_network
-from plumbing.processes import process_group, ranks
-from plumbing.reports import (curve, file_of, newest_run, outside_in, parse_args,
-                              report_inherited, summary)
+from plumbing.processes import process_group
+from plumbing.reports import certify_radii, newest_run, parse_args, summary     # noqa: F401
 from plumbing.rounding import ball, in_float64, unit_of
-from plumbing.runs import checksum, data_of_run, is_trained_on
-from plumbing.verdicts import (ContradictionError, Verdict, points_of, save_point,
-                               verdict_of, write_verdicts)
+from plumbing.runs import data_of_run, is_trained_on
+from plumbing.verdicts import ContradictionError, Verdict                       # noqa: F401
 from plumbing.weights import read_weights
 from relaxations import (RELAXATIONS, SLOPES, STEPS, Subdomains, margin_lower_bounds,
                          pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
-from train import (CERTIFY, CLOSE, LAYERS, SETTINGS, descend, forward_margin, load_run,
-                   restarts_of, smallest)
+from train import CERTIFY, CLOSE, LAYERS, SETTINGS, load_run
 
 STAGES = (*RELAXATIONS, "branch-and-bound")
 
@@ -77,6 +74,7 @@ WIDTH = 64            # nodes cut at once
 TREES = 8             # samples whose trees grow at the same time
 CANDIDATES = 1        # ReLUs that each of the two branching scores proposes
 NODE_STEPS = 4        # of ascent for each node; it starts from the choices of its parent
+POINT_STEPS = 10      # of descent from where the relaxation of a node is smallest
 LEAST_GAIN = 1e-6     # by which a half counts as better, so that the other half's gain decides
 STORE = 2 ** 27       # numbers kept for waiting nodes (512 MB); beyond it, trees grow depth first
 
@@ -96,10 +94,37 @@ class Settings(NamedTuple):
     unit: float
     slope: str
 
-    def open(self, verdicts, *statuses):
-        """The samples, as places in verdicts, of these statuses that have time left."""
-        return [i for i, v in enumerate(verdicts)
-                if v.status in statuses and v.seconds < self.timeout]
+
+class Batch(NamedTuple):
+    """Samples that share their passes, and what is known of them so far."""
+    net: torch.nn.Module
+    x: torch.Tensor       # (B, ...) the images
+    y: torch.Tensor       # (B,)
+    exact: tuple          # the three in float64
+    settings: Settings
+    verdicts: list
+    low: torch.Tensor     # (B, K) the margins proved
+    upper: torch.Tensor   # (B,) the smallest margins seen
+
+    def open(self, *statuses):
+        """The samples of these statuses that have time left."""
+        return [i for i, v in enumerate(self.verdicts) if v.status in statuses and self.in_time(i)]
+
+    def in_time(self, i):
+        return self.verdicts[i].seconds < self.settings.timeout
+
+    def part(self, some):
+        """A batch of some of the samples."""
+        net, x, y = self.exact
+        verdicts = [self.verdicts[i] for i in some]
+        return Batch(self.net, self.x[some], self.y[some], (net, x[some], y[some]), self.settings,
+                     verdicts, self.low[some], self.upper[some])
+
+    def spend(self, stage, begun, samples):
+        """Charge the time since begun to the samples that shared it."""
+        seconds = time.perf_counter() - begun
+        for i in samples:
+            self.verdicts[i].spend(stage, seconds / len(samples))
 
 
 @torch.inference_mode(False)               # whatever the caller's mode: attack and ascent need
@@ -145,72 +170,65 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
 
 def certify_batch(net, x, y, settings, verdicts, report):
     """The stages one after the other, for samples that share their passes."""
-    exact = in_float64(net, x, y)
-    begun, upper = time.perf_counter(), forward_margin(*exact)      # (B,) the smallest margins seen
-    low = upper.new_full([len(x), settings.classes], -math.inf)    # (B, K) the margins proved
+    begun, exact = time.perf_counter(), in_float64(net, x, y)
+    upper = forward_margin(*exact)
+    low = upper.new_full([len(x), settings.classes], -math.inf)
+    batch = Batch(net, x, y, exact, settings, verdicts, low, upper)
     for v, margin in zip(verdicts, upper.tolist()):
         if not margin > 0:
             v.status, v.stage = "misclassified", "forward"
-    spend("attack", begun, verdicts)
-    descents = restarts_of(net, x, y, settings.restarts, settings.seed)
-    attack_by(itertools.islice(descents, 1), net, x, y, settings, verdicts, low, upper)
-    for relax in [relax for relax in CERTIFY if relax in settings.stages]:
-        bounded_by(relax, exact, settings, verdicts, low)
-    attack_by(descents, net, x, y, settings, verdicts, low, upper)
+    batch.spend("attack", begun, range(len(x)))
+    descents = restarts_of(net, x, y, settings.eps, settings.restarts, settings.seed)
+    attack_by(itertools.islice(descents, 1), batch)
+    for relax in CERTIFY:
+        if relax in settings.stages:
+            bounded_by(relax, batch)
+    attack_by(descents, batch)
     exactly = settings.tolerance < math.inf
-    left = settings.open(verdicts, "unknown", *["attacked", "certified"] * exactly)
+    left = batch.open("unknown", *["attacked", "certified"] * exactly)
     if not {"alpha-crown", "branch-and-bound"} & set(settings.stages):
         left = []
     for i in sorted(set(range(len(x))) - set(left)):
         report(verdicts[i])
     if left:
-        some = [verdicts[i] for i in left]
-        branch_and_bound(net, x[left], y[left], settings, some, low[left], upper[left], report)
+        branch_and_bound(batch.part(left), report)
 
 
-def spend(stage, begun, verdicts):
-    """Charge the time since begun to the samples that shared it."""
-    seconds = time.perf_counter() - begun
-    for v in verdicts:
-        v.spend(stage, seconds / len(verdicts))
-
-
-def attack_by(descents, net, x, y, settings, verdicts, low, upper):
-    """Go down the descents, of restarts_of, while samples are open; upper follows, in place. One
-    towards a class is for samples for which low does not rule it out; a sample may spend a quarter
-    of its time on them."""
+def attack_by(descents, batch):
+    """Go down the descents, of restarts_of, while samples are open. One towards a class is for
+    samples for which no bound rules it out; a sample may spend a quarter of its time on them."""
+    settings, spent = batch.settings, lambda v: v.seconds_by_stage["attack"]
     for target, start in descents:
-        left = settings.open(verdicts, "unknown")
-        left = [i for i in left if verdicts[i].seconds_by_stage["attack"] < settings.timeout / 4]
+        left = [i for i in batch.open("unknown")
+                if spent(batch.verdicts[i]) < settings.timeout / 4]
         if not left:
-            return                                     # nobody has time, or is open
+            return
         if target is not None:
-            left = [i for i in left if not low[i, target[i]] > 0]
+            left = [i for i in left if not batch.low[i, target[i]] > 0]
             target = target[left]
-        if not left:
-            continue
-        begun, some = time.perf_counter(), [verdicts[i] for i in left]
-        points, _ = descend(net, x[left], y[left], settings.eps, settings.steps, target, start)
-        upper[left] = upper[left].minimum(forward_margin(net, points, y[left]))
-        for i, point in zip(left, points):
-            if upper[i] <= 0:
-                verdicts[i].refute("attack", point, settings.unit)
-        spend("attack", begun, some)
+        if left:
+            begun, part = time.perf_counter(), batch.part(left)
+            points, _ = descend(batch.net, part.x, part.y, settings.eps, settings.steps, target,
+                                None if start is None else start[left])
+            margins = forward_margin(batch.net, points, part.y)
+            batch.upper[left] = part.upper.minimum(margins)
+            for v, point, margin in zip(part.verdicts, points, margins):
+                if margin <= 0:
+                    v.refute("attack", point, settings.unit)
+            batch.spend("attack", begun, left)
 
 
-def bounded_by(relax, exact, settings, verdicts, low):
-    """Certify what one of the incomplete relaxations can; low follows, in place. What was attacked
-    is bounded too."""
-    net, x, y = exact
-    left = settings.open(verdicts, "unknown", "attacked")
+def bounded_by(relax, batch):
+    """Certify what one of the incomplete relaxations can. What was attacked is bounded too."""
+    left, settings = batch.open("unknown", "attacked"), batch.settings
     if not left:
         return
-    begun, some = time.perf_counter(), [verdicts[i] for i in left]
-    found = margin_lower_bounds(net, x[left], y[left], settings.eps, relax, **CERTIFY[relax],
-                                slope=settings.slope)
-    low[left] = torch.fmax(low[left], found)
-    spend(relax, begun, some)
-    for v, bound in zip(some, smallest(found, y[left]).tolist()):
+    begun, part = time.perf_counter(), batch.part(left)
+    low = margin_lower_bounds(*part.exact, settings.eps, relax, **CERTIFY[relax],
+                              slope=settings.slope)
+    batch.low[left] = torch.fmax(part.low, low)
+    batch.spend(relax, begun, left)
+    for v, bound in zip(part.verdicts, smallest(low, part.exact[2]).tolist()):
         v.prove(relax, bound, settings.unit)
 
 
@@ -288,66 +306,67 @@ class Tree:
         return v.seconds > settings.timeout or settled and self.tolerance == math.inf
 
 
-def branch_and_bound(net, x, y, settings, verdicts, low, upper, report):
-    """Settle samples by alpha-CROWN, at the roots, and by branch and bound. low: (B, K) the margins
-    proved of each, upper: (B,) the smallest seen."""
-    problem, exact, trees = roots(net, x, y, settings, verdicts, low, upper)
-    stage = "alpha-crown" if "alpha-crown" in settings.stages else "branch-and-bound"
+def branch_and_bound(batch, report):
+    """Settle samples by alpha-CROWN, at the roots, and by branch and bound."""
+    problem, exact, trees = roots(batch)
+    unit, stages = batch.settings.unit, batch.settings.stages
+    stage = "alpha-crown" if "alpha-crown" in stages else "branch-and-bound"
     waiting = trees
     while waiting:
-        over = [tree for tree in waiting if tree.is_over(settings)]
+        over = [tree for tree in waiting if tree.is_over(batch.settings)]
         for tree in over:
-            tree.verdict.prove(stage, tree.bound() * settings.unit, settings.unit)
+            tree.verdict.prove(stage, tree.bound() * unit, unit)
             report(tree.verdict)
         waiting = [tree for tree in waiting if tree not in over]
         stage, begun, active = "branch-and-bound", time.perf_counter(), waiting[:TREES]
         if active:
             nodes = split_worst(problem, exact, trees, active)
-            spend(stage, begun, [verdicts[node.sample] for node in nodes])
+            batch.spend(stage, begun, [node.sample for node in nodes])
 
 
-def roots(net, x, y, settings, verdicts, low, upper):
+def roots(batch):
     """The problem, its exact twin, and a tree per sample: its roots are the margins that no bound
     has settled, raised by alpha-CROWN with slopes of their own for each, while there is time."""
-    eps, unit = settings.eps, settings.unit
-    twin, x64, y64 = in_float64(net, x, y)
-    bounds = neuron_bounds(twin, x64, settings, verdicts)
-    exact = pose(twin, x64, y64, eps, unit, bounds)
-    problem = pose(net, x, y, eps, unit, bounds)
-    trees = [Tree(i, v, margin / unit, settings.tolerance / unit)
-             for i, (v, margin) in enumerate(zip(verdicts, upper.tolist()))]
-    slopes, none = SLOPES[settings.slope](problem.l, problem.u), torch.zeros(0)
+    eps, unit = batch.settings.eps, batch.settings.unit
+    bounds = neuron_bounds(batch)
+    exact = pose(*batch.exact, eps, unit, bounds)
+    problem = pose(batch.net, batch.x, batch.y, eps, unit, bounds)
+    trees = [Tree(i, v, margin / unit, batch.settings.tolerance / unit)
+             for i, (v, margin) in enumerate(zip(batch.verdicts, batch.upper.tolist()))]
+    start = SLOPES[batch.settings.slope]
+    slopes, none = start(problem.l, problem.u), torch.zeros(0)
     nodes = []
-    for i, margins in enumerate((low / unit).tolist()):
-        nodes += [Node(bound, i, k, none.long(), none, none, slopes[i])
-                  for k, bound in enumerate(margins) if k != y[i]]
-    settled = [node.bound > trees[node.sample].goal() for node in nodes]
-    for node in itertools.compress(nodes, settled):
-        trees[node.sample].add(node)
-    nodes = [node for node, is_settled in zip(nodes, settled) if not is_settled]
+    for i, (margins, label) in enumerate(zip(batch.low / unit, batch.y)):
+        for k, bound in enumerate(margins.tolist()):
+            node = Node(bound, i, k, none.long(), none, none, slopes[i])
+            if k != label and bound > trees[i].goal():
+                trees[i].add(node)
+            elif k != label:
+                nodes.append(node)
     for start in range(0, len(nodes), 4 * WIDTH):
         part, begun = nodes[start:start + 4 * WIDTH], time.perf_counter()
-        todo = [node for node in part if verdicts[node.sample].seconds < settings.timeout]
-        late = [node for node in part if verdicts[node.sample].seconds >= settings.timeout]
+        late = [node for node in part if not batch.in_time(node.sample)]
+        todo = [node for node in part if batch.in_time(node.sample)]
         for node in late + raise_bounds(problem, exact, todo, trees, STEPS):
             trees[node.sample].add(node)
-        spend("alpha-crown", begun, [verdicts[node.sample] for node in todo])
+        batch.spend("alpha-crown", begun, [node.sample for node in todo])
     return problem, exact, trees
 
 
-def neuron_bounds(net, x, settings, verdicts):
+def neuron_bounds(batch):
     """Bounds of the neurons, in float64: by alpha-CROWN, or, on networks so large that its ascent
     alone would take longer than a sample has, by DeepPoly."""
-    slow = torch.tensor([10 * v.seconds_by_stage.get("deeppoly", 0) > settings.timeout
-                         for v in verdicts])
-    order, found = [], []
-    for relax, some in (("alpha-crown", ~slow), ("deeppoly", slow)):
-        some = some.nonzero().flatten().tolist()
+    limit, order, found = batch.settings.timeout / 10, [], []
+    quick = [v.seconds_by_stage.get("deeppoly", 0) <= limit for v in batch.verdicts]
+    net, x, _ = batch.exact
+    for relax, is_quick in (("alpha-crown", True), ("deeppoly", False)):
+        some = [i for i, q in enumerate(quick) if q is is_quick]
         if some:
-            begun, order = time.perf_counter(), order + some
+            begun, settings = time.perf_counter(), batch.settings
             found.append(preactivation_bounds(net, x[some], settings.eps, relax, skip_stable=True,
                                               slope=settings.slope))
-            spend("alpha-crown", begun, [verdicts[i] for i in some])
+            batch.spend("alpha-crown", begun, some)
+            order += some
     back = torch.tensor(order).argsort()
     return [[torch.cat(ends)[back] for ends in zip(*pairs)] for pairs in zip(*found)]
 
@@ -386,7 +405,7 @@ def split_worst(problem, exact, trees, active):
     for node in [node for node, neuron in zip(nodes, neurons) if neuron is None]:
         tree = trees[node.sample]
         bound, point = settle_linear(exact, node)
-        try_points(problem, point[None], [node], [tree])
+        try_points(problem, point[None], [node], [tree], steps=0)
         bound = max(bound, node.bound)
         tree.proved = min(tree.proved, bound)
         tree.stuck |= not bound > tree.goal()
@@ -501,24 +520,25 @@ def halves(node, neuron):
             multipliers=torch.cat([node.multipliers, node.multipliers.new_zeros(1)]))
 
 
-def try_points(problem, points, nodes, trees):
-    """Keep the worst of the points (n, N_in) for each tree; one with a margin <= 0 settles it."""
+def try_points(problem, points, nodes, trees, steps=POINT_STEPS):
+    """Descend from the worst of the points (n, N_in) of each tree; what is found is kept if it is
+    worse than all before, and settles the tree if its margin is <= 0."""
     sample = torch.tensor([node.sample for node in nodes], device=problem.x.device)
-    y = problem.y[sample]
-    low, high = ball(problem.x[sample], problem.eps)
-    points = points.to(low).view(low.shape).clamp(low, high)
-    logits = problem.net(points)
-    margins = smallest(logits.gather(1, y[:, None]) - logits, y)
-    margins = (margins / problem.unit).tolist()
+    x, y = problem.x[sample], problem.y[sample]
+    points = points.to(x).view(x.shape).clamp(*ball(x, problem.eps))
+    margins = smallest(margins_of(problem.net(points), y), y).tolist()
+    worst = []
     for tree in trees:
         mine = [i for i, node in enumerate(nodes) if node.sample == tree.sample]
-        i = min(mine, key=margins.__getitem__, default=None)
-        if i is None or margins[i] > tree.upper + CLOSE * max(1.0, abs(tree.upper)):
-            continue
-        margin = forward_margin(problem.net, points[i:i + 1], y[i:i + 1]).item()
-        tree.upper = min(tree.upper, margin / problem.unit)
-        if margin <= 0:
-            tree.verdict.refute("branch-and-bound", points[i], problem.unit)
+        worst.append(min(mine, key=margins.__getitem__))
+    points, margins = descend(problem.net, x[worst], y[worst], problem.eps, steps,
+                              start=points[worst])
+    for tree, i, point, margin in zip(trees, worst, points, margins / problem.unit):
+        if margin <= tree.upper + CLOSE * max(1.0, abs(tree.upper)):
+            exactly = forward_margin(problem.net, point[None], y[[i]]).item()
+            tree.upper = min(tree.upper, exactly / problem.unit)
+            if exactly <= 0:
+                tree.verdict.refute("branch-and-bound", point, problem.unit)
 
 
 def settle_linear(exact, node):
@@ -577,53 +597,7 @@ def main(argv=None):
                          f"{config['classes']} classes, but {config['dataset']} has "
                          f"{shape} of {classes}")
     with process_group(device):
-        certify_radii(net.to(device), config, data, path, args, device)
-
-
-def certify_radii(net, config, data, path, args, device):
-    """Write a verdict for each test image and radius, a file for each radius, and show their
-    counts; what one radius tells about others is used. With many processes each takes its share of
-    the images; the first gathers what they wrote."""
-    n = min(len(data.x_test), args.samples or config["test_subset"] or len(data.x_test))
-    x, y = data.x_test[:n], data.y_test[:n]
-    settings = dict(stages=[s for s in STAGES if s in args.stages], timeout=args.timeout,
-                    steps=args.steps, seed=args.seed,
-                    restarts=data.classes if args.restarts is None else args.restarts)
-    if (slope := args.slope or config.get("slope", "adaptive")) != "adaptive":
-        settings["slope"] = slope
-    header = dict(run=path.resolve().name, **settings, network=checksum(*net.state_dict().values()),
-                  images=checksum(data.x_test, data.y_test))
-    known, made = {}, "" if args.weights else f" trained by {config['relax']}, {config['opt']}"
-    for eps in outside_in(args.eps or [config["eps"]]):
-        file = file_of(args, path, eps)
-
-        def certify_some(indices, report):
-            left = report_inherited(indices, eps, known, report)
-            images = [indices[place] for place in left]
-            certify_images(net, x, y, eps, file, images, batch=args.batch_size, **settings,
-                           report=lambda v: report(replace(v, index=left[v.index])))
-
-        title = f"{path}: {config['net']}{made}; eps {eps:.4g}; {n} test images"
-        known[eps] = write_verdicts(file, header | dict(eps=eps), y.tolist(), certify_some,
-                                    verdict_of, title, batch=args.batch_size)
-        if ranks()[0] == 0:
-            print("\n".join(summary([known[eps][i] for i in range(n)], settings["stages"])))
-    if len(known) > 1 and ranks()[0] == 0:
-        print("\n".join(curve(known)))
-
-
-def certify_images(net, x, y, eps, file, images, **options):
-    """certify these of the images x. A contradiction ends the program; its witness is kept beside
-    the file of verdicts."""
-    device = next(net.parameters()).device
-    try:
-        certify(net, x[images].to(device), y[images].to(device), eps, **options)
-    except ContradictionError as e:
-        i = images[e.index]
-        witness = save_point(points_of(file), f"contradiction-{i}", e.counterexample)
-        print(f"abort: test image {i} is certified and attacked: {e}. The counterexample is in "
-              f"{witness}", file=sys.stderr)
-        sys.exit(1)
+        certify_radii(certify, net.to(device), config, data, path, args)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True, shard=(0,
         eps = _noise(len(i), theta, generator)
         sums[0] += difference[i] @ eps
         sums[1] += surplus[i] @ eps.square_().sub_(1) if adapt else 0
-    grad, slopes = sums / (pairs * sigma)
+    grad, slopes = sums.div_(pairs * sigma)
     return middle.mean(), grad, (slopes if sigma.dim() else slopes.sum()) if adapt else None
 
 
@@ -159,9 +159,9 @@ def _antithetic_losses(losses, theta, sigma, n, generator, chunk, shard=(0, 1)):
     chunk, (rank, world), values = chunk or 2 * n, shard, theta.new_zeros(2, n)
     turns = _turns(losses, torch.arange(n), max(1, chunk // 2))
     for turn, (loss, i) in enumerate(turns):
-        d = sigma * _noise(len(i), theta, generator)
+        d = _noise(len(i), theta, generator).mul_(sigma)        # in place, here and below: memory
         if turn % world == rank:
-            points = torch.cat([theta + d, theta - d]).split(chunk)
+            points = torch.cat([d, -d]).add_(theta).split(chunk)
             found = [_losses(loss, some) for some in points]
             values[:, i] = torch.cat(found).view(2, -1)
     if world > 1:

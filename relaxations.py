@@ -79,9 +79,10 @@ import torch.nn.functional as F
 from torch.func import functional_call, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
+from plumbing.checks import (as_labels, as_radii, check_bounds, check_images, check_numbers,
+                             check_whole)
 from plumbing.precision import full_precision
-from plumbing.reading import (check_images, check_numbers, check_steps, checked_bounds, checked_eps,
-                              checked_labels, read_layers)
+from plumbing.reading import read_layers
 
 # A bound computed with 10-bit mantissas is no bound; cuDNN would use them on convolutions.
 torch.backends.cudnn.allow_tf32 = False
@@ -288,7 +289,7 @@ def prepare(net, x, eps, relax, params):
     check_images(x)
     network = read_network(net, x.shape[1:], params)
     check_numbers(x, [layer.tensors for layers in network.stages for layer in layers])
-    eps = checked_eps(eps, x)
+    eps = as_radii(eps, x)
     box = Box(*(t.clamp(0, 1).flatten(1)[None] for t in (x - eps, x + eps)))
     first, *rest = network.stages
     while first and isinstance(first[0].module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -348,9 +349,9 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     """
     network, box = prepare(net, x, eps, relax, params)
     ask, machine = options(relax, slope, skip_stable, steps, Budget(memory, x)), engine(network)
-    box, y = machine.inward(box, 0), checked_labels(y, x, machine.K)
+    box, y = machine.inward(box, 0), as_labels(y, x, machine.K)
     if intermediate is not None:
-        intermediate = checked_bounds(intermediate, bound_shapes(network, x, params), x)
+        check_bounds(intermediate, bound_shapes(network, x, params), x)
         flat = [[t.reshape(network.P, len(x), -1) for t in pair] for pair in intermediate]
         bounds = [machine.inward(pair, i) for i, pair in enumerate(flat, 1)]
     with full_precision(x):
@@ -380,7 +381,7 @@ class Options(NamedTuple):
 
 
 def options(relax, slope, skip_stable, steps, budget):
-    check_steps(steps)
+    check_whole(0, steps=steps)
     substitute, ascent = relax in ("deeppoly", "alpha-crown"), steps * (relax == "alpha-crown")
     return Options(relax, checked(slope), skip_stable, substitute, ascent, budget)
 

@@ -854,13 +854,13 @@ def test_pgpe_sums_over_the_noise_that_it_evaluated():
 
 
 def test_pgpe_holds_the_noise_of_a_chunk_only():
-    """150 MB above theta and one perturbed copy with D of 5 million float32: 7.5 vectors."""
+    """At most 5.5 vectors beside theta and one perturbed copy: 110 MB for 5 million float32."""
     from torch.distributed._tools.mem_tracker import MemTracker    # private: not in every version
     theta, generator = torch.zeros(50_000), torch.Generator()
     with MemTracker() as tracker:
         gls.pgpe(lambda t: t.sum(1), theta, torch.tensor(0.1), 64, generator, chunk=2)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    assert theta.nbytes < peak <= (2 + 7.5) * theta.nbytes
+    assert theta.nbytes < peak <= (2 + 5.5) * theta.nbytes
 
 
 # Losses of two parts, the gradient of their smoothed mean, and its gradient by sigma
@@ -1398,12 +1398,13 @@ def test_attack_is_exact_on_an_affine_network():
     assert points.min() >= 0 and points.max() <= 1
 
 
-@pytest.mark.parametrize("scale", [1, 1e4])
+@pytest.mark.parametrize("scale", [1, 2.0 ** -20, 1e-6, 1e4, 1e6])
 def test_certified_margin_decides_close_calls_in_float64(scale):
     """At 1e4 the float32 bound is wrong by about 1e-3, which is close to 0 though above CLOSE."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 3))
     net[2].weight.data *= scale
+    net[2].bias.data *= scale
     x = torch.rand(20, 50)
     y = net(x).argmax(1)
     of_float32 = 0
@@ -1413,7 +1414,7 @@ def test_certified_margin_decides_close_calls_in_float64(scale):
         close[2].bias.data[y[i]] -= low[0] - 1e-7 * scale             # now the bound is about 0
         problem = close, x[one], y[one], 0.01, "deeppoly"
         exact = train.certified_margin(*train.in_float64(*problem[:3]), *problem[3:])
-        assert exact.abs() < train.CLOSE * scale
+        assert 0 < exact.abs() < train.CLOSE * scale
         assert train.certified_margin(*problem) == exact.float()
         plain = train.smallest(margin_lower_bounds(*problem), y[one]).detach()
         of_float32 += bool(plain != exact.float())
@@ -2218,7 +2219,7 @@ def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, mo
 
     ours, work = verdicts(1.0)
     assert sum(v.stage == "branch-and-bound" for v in ours) > 2 and work > 300
-    for factor in (2.0 ** -20, 2.0 ** 20, 1e-6, 1e-3, 1e3, 1e6):
+    for factor in (2.0 ** -20, 2.0 ** 20, 1e-6, 1e6):
         theirs, more = verdicts(factor)
         assert [v.status for v in theirs] == [v.status for v in ours]
         assert 0.7 * work < more < 1.4 * work
@@ -2226,6 +2227,20 @@ def test_a_factor_of_the_last_layer_changes_neither_verdicts_nor_search(name, mo
             assert [v.stage for v in theirs] == [v.stage for v in ours]
             for a, b in zip(ours, theirs):
                 assert b.bound / factor == pytest.approx(a.bound, rel=1e-4)
+
+
+def test_what_counts_as_close_does_not_depend_on_a_factor_of_the_last_layer():
+    net, x, y, eps = hard_problem()
+    low = train.certified_margin(net, x, y, 0.7 * eps, "deeppoly")
+    assert 0 < (low > 0).sum() < len(x)
+    for factor in (2.0 ** -20, 2.0 ** 20, 1e-6, 1e-3, 1e3, 1e6):
+        scaled = deepcopy(net)
+        scaled[-1].weight *= factor
+        scaled[-1].bias *= factor
+        again = train.certified_margin(scaled, x, y, 0.7 * eps, "deeppoly")
+        assert torch.equal(again > 0, low > 0)
+        if math.log2(factor) % 1 == 0:
+            assert torch.equal(again, low * factor)        # the same ones from float64
 
 
 def test_rounding_is_no_contradiction_whatever_the_unit_of_the_margins():
@@ -2278,8 +2293,11 @@ def test_what_bounds_refuse_is_refused_in_their_words_and_before_the_attack(monk
     unsupported = nn.Sequential(nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"layer 1 \(Sigmoid\)"):
         certify.certify(unsupported, x, (unsupported(x).argmax(1) + 1) % 4, 0.1)
-    with pytest.raises(ValueError, match="a margin is between two"):
-        certify.certify(nn.Sequential(nn.Linear(6, 1)), x, torch.zeros(3).long(), 0.1)
+    for refusing in (certify.certify, train.evaluate):
+        with pytest.raises(ValueError, match="a margin is between two"):
+            refusing(nn.Sequential(nn.Linear(6, 1)), x, torch.zeros(3).long(), 0.1)
+    with pytest.raises(train.InputError, match="a margin is between two"):
+        train.build_network("mlp", (1, 8, 8), 1)
     net[1].forward = lambda z: z.clamp(min=-0.1)           # the network that runs is another one
     with pytest.raises(ValueError, match=r"layer 1 \(ReLU\) may compute something else"):
         certify.certify(net, x, y, 0.1)
@@ -2295,7 +2313,7 @@ def test_a_layer_that_bounds_and_forward_pass_take_for_two_is_named(wrong, monke
     net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Identity(),
                         nn.Sequential(nn.ReLU(), nn.Linear(5, 5), nn.ReLU()), nn.Identity(),
                         nn.Linear(5, 3)).eval().requires_grad_(False)
-    module, layers = net.get_submodule(wrong), []
+    module = net.get_submodule(wrong)
     module.weight += 0.3                               # so that what is below reaches the logits
     marked = module.weight.double()
     forward = nn.Linear.forward
@@ -2365,24 +2383,19 @@ def test_the_clock_reaches_every_stage(clock):
     alone = [v.index for v in certify.certify(net, x, y, eps)
              if (v.status, v.stage) == ("certified", "branch-and-bound")][:3]
     for i in alone:
-        names, ends = [], []
+        image = x[i:i + 1], y[i:i + 1], eps
         clock.clear()
-        certify.certify(net, x[i:i + 1], y[i:i + 1], eps)
-        order = list(dict.fromkeys(name for name, _ in clock))
-        assert order == ["descend", "box", "crown-ibp", "deeppoly", "neurons", "roots"]
+        certify.certify(net, *image)
         names = [name for name, _ in clock]
-        assert names[:4] == ["descend", "box", "crown-ibp", "deeppoly"]
-        assert names[4] == "descend"                                   # towards a class
-        total = 0.0
-        for k, (name, size) in enumerate(list(clock)):
-            total += COSTS.get(name, 2.0) * size
-            ends.append(total)
+        assert names[:5] == ["descend", "box", "crown-ibp", "deeppoly", "descend"]
+        assert list(dict.fromkeys(names[4:])) == ["descend", "neurons", "roots"]
         for timeout in (0.0, 1.0, 5.5, 7.5, 9.0, 12.0, 40.0, 100.0):
             clock.clear()
-            v, = certify.certify(net, x[i:i + 1], y[i:i + 1], eps, timeout)
-            costs = [COSTS.get(name, 2.0) * size for name, size in clock]
+            v, = certify.certify(net, *image, timeout)
+            asked = [(name, COSTS.get(name, 2.0) * size) for name, size in clock if size]
+            costs = [cost for _, cost in asked]
             assert sum(costs[:-1]) <= timeout and v.seconds == pytest.approx(sum(costs))
-            descents = [cost for (name, _), cost in zip(clock, costs) if name == "descend"]
+            descents = [cost for name, cost in asked if name == "descend"]
             assert sum(descents[:-1]) <= timeout / 4
 
 
@@ -2502,7 +2515,7 @@ def test_no_certificate_in_float32_is_contradicted_in_float64():
 # --------------------------------------------------------------------------------------- the house
 
 HOUSE = Path(__file__).resolve().parent
-MOST_LINES = {"relaxations.py": 1500, "train.py": 650, "certify.py": 760, "gls.py": 200,
+MOST_LINES = {"relaxations.py": 1500, "train.py": 650, "certify.py": 600, "gls.py": 200,
               "README.md": 150}
 
 

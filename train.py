@@ -1,4 +1,4 @@
-"""Train a network whose robustness can be certified: networks, robust loss, evaluation, loop.
+"""Train a network whose robustness can be certified: settings, robust loss, evaluation, loop.
 
     python train.py                                                  digits, DeepPoly, RGS: a minute
     python train.py --relax box --opt grad                           the classic baseline (IBP)
@@ -8,9 +8,10 @@
     torchrun --nproc-per-node 2 train.py ...                         by several processes
 
 A step (take_step): bounds of the margins over a ball around each image (relaxations.py), the
-cross-entropy on them, and an estimate of its gradient, smoothed or not (gls.py), for Adam. Readers
-of data, run folders (config.json, log.csv, checkpoint.pt) and processes are in plumbing/. Shape
-letters as in relaxations.py.  Expected from the first command on 2 CPU cores: see README.md.
+cross-entropy on them, and an estimate of its gradient, smoothed or not (gls.py), for Adam. What
+makes networks, reads data, attacks images and keeps run folders (config.json, log.csv,
+checkpoint.pt) is in plumbing/. Shape letters as in relaxations.py.  Expected from the first command
+on 2 CPU cores: see README.md.
 """
 import math
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import gls
+from plumbing.attack import attack, forward_margin, margins_of, smallest
 from plumbing.checks import check_problem, check_whole
 from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
                               not_negative, parser_of, pick_device, positive, positive_unit,
@@ -37,7 +39,7 @@ from plumbing.networks import (NETWORKS, build_network, from_config, ibp_init, i
                                new_network, update_batchnorm)
 from plumbing.processes import average, members_of_each, parts_of, process_group, ranks, summed
 from plumbing.reading import flat_layers
-from plumbing.rounding import ball, check_finite, first_not_finite, in_float64, unit_of
+from plumbing.rounding import check_finite, first_not_finite, in_float64, unit_of
 from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, is_finished,
                            lengthen, locked, new_folder, read_checkpoint, recording, restored,
                            run_folder)
@@ -341,8 +343,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     CE(-m, y) bounds the largest cross-entropy in the ball from above. With loss="certified-error"
     the fraction of images with some m_k <= 0, whose gradient is zero, takes its place.
     certified: a list to which each call appends its certified fraction, averaged over P.
-    weight, total: for a part of a minibatch, see plumbing.processes.share.
-    """
+    weight, total: for a part of a minibatch, see plumbing.processes.share."""
     center, radius = x, eps
     if relax in ATTACKING:
         points = attack(net, x, y, eps, steps=8, restarts=1)
@@ -352,12 +353,10 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     neurons = "deeppoly" if relax == "alpha-crown" else outputs
     bounds_of = partial(preactivation_bounds, slope=slope, skip_stable=skip_stable)
     margins_by = partial(margin_lower_bounds, slope=slope, steps=slope_steps)
-
     def losses(thetas):
         params = unflatten(thetas, net)
         bounds = bounds_of(net, center, radius, neurons, params)
-        margins = lambda relax: margins_by(net, center, y, radius, relax, params,
-                                           intermediate=bounds)
+        margins = partial(margins_by, net, center, y, radius, params=params, intermediate=bounds)
         logits = lambda x: vmap(lambda p: functional_call(net, p, (x,)))(params)    # (P, B, K)
         m = margins(outputs)                                                        # (P, B, K)
         if relax == "crown-ibp" and beta < 1:
@@ -367,11 +366,10 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
             certified.append(weight * is_certified.float().mean())
         if loss == "certified-error":
             value = 1 - is_certified.to(m.dtype)
-        elif relax in ("taps", "staps"):
-            a = latent_margins(net, params, bounds, y, m.shape[-1], split, expand)
-            value = taps(m, a, alpha)
-        elif relax in ATTACKING:
-            value = BASELINES[relax](m, margins_of(logits(points), y), alpha)
+        elif relax in BASELINES:
+            a = (latent_margins(net, params, bounds, y, m.shape[-1], split, expand)
+                 if "taps" in relax else margins_of(logits(points), y))
+            value = BASELINES[relax](m, a, alpha)
         else:
             value = cross_entropy(m)
         value = weight * (1 - kappa) * value.mean(-1)
@@ -392,31 +390,12 @@ def size_of_weights(params):
     return sum(w.abs().flatten(1).sum(1) for w in weights)
 
 
-# ------------------------------------------------------------------------- attack and evaluation
+# ------------------------------------------------------------------------------------- evaluation
 
 CLOSE = 1e-4     # margins nearer to zero, relative to the largest if that exceeds 1, need float64
 # How certification uses DeepPoly: only the neurons that intervals leave unstable are substituted.
 # Faster on trained networks, and on those tried about as tight: see benchmarks/README.md.
 CERTIFY = {"box": {}, "crown-ibp": {}, "deeppoly": dict(skip_stable=True)}
-
-
-def margins_of(logits, y):
-    """logit[y] - logit[k], (..., B, K)."""
-    return logits.gather(-1, y.expand(logits.shape[:-1])[..., None]) - logits
-
-
-def smallest(margins, y):
-    """The smallest entry k != y of margins (..., B, K): (..., B)."""
-    label = F.one_hot(y, margins.shape[-1]).bool()
-    return margins.masked_fill(label, torch.inf).amin(-1)
-
-
-@torch.no_grad()
-def forward_margin(net, x, y):
-    """min over k != y of logit[y] - logit[k], in float64: (B,). Correct means positive."""
-    net, x, y = in_float64(net, x, y)
-    logits = torch.cat([net(part) for part in x.split(500)])
-    return smallest(margins_of(logits, y), y)
 
 
 @torch.no_grad()
@@ -432,52 +411,6 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
         again = certified_margin(*in_float64(net, x[close], y[close]), eps, relax, batch, **options)
         bound[close] = again.to(bound)
     return bound
-
-
-def descend(net, x, y, eps, steps, target=None, start=None):
-    """Projected gradient descent (PGD, Madry et al. 2018) on the smallest margin, from x; or on
-    that to the class target (B,), from so far between the ends of the ball, start in [0, 1].
-
-    Returns the worst points on the way, (B, ...), exactly inside the ball, and their margins (B,).
-    """
-    low, high = ball(x, eps)
-    z = x if start is None else low + (high - low) * start
-    best, best_margin = x.clone(), x.new_full([len(x)], torch.inf)
-    for k in range(steps + 1):
-        z = z.detach().clamp(low, high).requires_grad_()
-        margins = margins_of(net(z), y)
-        worst = smallest(margins, y)
-        better = worst.detach() < best_margin
-        best_margin = torch.where(better, worst.detach(), best_margin)
-        best[better] = z.detach()[better]
-        if k < steps:
-            goal = worst if target is None else margins.gather(1, target[:, None])
-            step = eps * (0.25 if k < steps / 2 else 0.1 if k < 3 * steps / 4 else 0.02)
-            z = z - step * torch.autograd.grad(goal.sum(), z)[0].sign()
-    return best, best_margin
-
-
-def restarts_of(net, x, y, restarts, seed):
-    """(target, start) of so many descents: the first lowers the smallest margin, r > 0 that to the
-    r-th runner-up class, from a random start, the same for all samples: what is found for one does
-    not depend on the others."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        logits = torch.cat([net(part) for part in x.split(500)])
-    ranking = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
-    for r in range(restarts):                              # y is last in the ranking
-        start = torch.rand(x.shape[1:], generator=generator).to(x)
-        yield (ranking[:, (r - 1) % (ranking.shape[1] - 1)], start) if r else (None, None)
-
-
-def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
-    """The worst points that so many descents find, (B, ...), exactly inside the ball."""
-    best, lowest = x.clone(), x.new_full([len(x)], torch.inf)
-    for target, start in restarts_of(net, x, y, restarts, seed):
-        points, margins = descend(net, x, y, eps, steps, target, start)
-        better = margins < lowest
-        best[better], lowest = points[better], torch.where(better, margins, lowest)
-    return best
 
 
 def evaluate(net, x, y, eps, batch=500, progress=lambda line: None, slope="adaptive"):

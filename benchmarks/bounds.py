@@ -38,7 +38,7 @@ import common                                       # first: it puts the checkou
 import relaxations
 import train
 from plumbing.console import keep_memory
-from plumbing.data import CIFAR_STATISTICS
+from plumbing.data import CIFAR_STATISTICS, load_dataset
 
 os.environ["PYTHONWARNINGS"] = "ignore"              # torch.jit.script in auto_LiRPA
 warnings.simplefilter("ignore")
@@ -74,7 +74,7 @@ def run_folder(case, state, data_dir):
 def problem(case, state, data_dir, device):
     """(net, images, labels, eps)."""
     dataset, name, batch, eps, _, _ = CASES[case]
-    data = train.load_dataset(dataset, data_dir)
+    data = load_dataset(dataset, data_dir)
     if state == "init":
         torch.manual_seed(0)
         statistics = CIFAR_STATISTICS if dataset == "cifar10" else None

@@ -35,6 +35,7 @@ if "--code" in sys.argv:
     sys.path.insert(0, sys.argv[sys.argv.index("--code") + 1])
 import certify                                                                     # noqa: E402
 import train                                                                       # noqa: E402
+from plumbing.data import load_dataset                                             # noqa: E402
 
 CASES = {  # name: data set, radius, mean and std of the pixels in the first layer
     "mnist_cnn_a_adv": ("mnist", 0.3, None),
@@ -66,7 +67,7 @@ def load(checkout, case):
 def load_run(args):
     """The same of a run of train.py, and its test images."""
     net, config, _ = train.load_run(args.run)
-    data = train.load_dataset(config["dataset"], args.data_dir or config["data_dir"])
+    data = load_dataset(config["dataset"], args.data_dir or config["data_dir"])
     return net, data.x_test, data.y_test, config["eps"] if args.eps is None else args.eps
 
 

@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def machine(device):
     """Where and with what a number was measured."""
-    git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True).stdout.strip()
+    here = Path(__file__).parent
+    git = lambda *args: subprocess.run(["git", "-C", str(here), *args], capture_output=True,
+                                       text=True).stdout.strip()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")

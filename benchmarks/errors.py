@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent.parent
-FILES = ("relaxations.py", "gls.py", "train.py", "certify.py")
+FILES = ("relaxations.py", "gls.py", "train.py", "certify.py", "plumbing/attack.py",
+         "plumbing/linear_program.py", "plumbing/rounding.py")
 NO_MATHEMATICS = set("""
     main run arguments parse_args parse_config settings number count pick_device start_run
     train_and_show report log_row write_log table summary duration ranks fingerprint checksum

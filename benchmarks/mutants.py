@@ -43,6 +43,7 @@ PASSED = {}              # {test: (seconds, "FILE:LINE" of the functions that it
 def pytest_runtest_call(item):
     if "MUTANTS_RECORD" not in os.environ:
         return (yield)
+    folder = item.config.rootpath       # the copy's own; HERE is not, in the copy
     calls, start = set(), time.time()
     note = lambda frame, event, arg: calls.add(frame.f_code)          # None: no event for its lines
     sys.settrace(note)
@@ -51,8 +52,8 @@ def pytest_runtest_call(item):
     finally:
         sys.settrace(None)
     PASSED[item.nodeid] = time.time() - start, sorted(
-        f"{Path(code.co_filename).name}:{code.co_firstlineno}" for code in calls
-        if Path(code.co_filename).parent == HERE)
+        f"{Path(code.co_filename).relative_to(folder)}:{code.co_firstlineno}" for code in calls
+        if Path(code.co_filename).parent in (folder, folder / "plumbing"))
     return result
 
 
@@ -102,7 +103,7 @@ def known_tests():
     """PASSED of all tests on the code as it is: of a run, or of the record of an earlier one."""
     sources = [p.read_bytes() for p in sorted(HERE.rglob("*.py"))
                if not {RUNS, HERE / "benchmarks"} & set(p.parents)]
-    record = RUNS / f"mutants-{hashlib.sha256(b''.join(sources)).hexdigest()[:12]}.json"
+    record = RUNS / f"mutants-calls-{hashlib.sha256(b''.join(sources)).hexdigest()[:12]}.json"
     if not record.exists():
         print("running the tests on the code as it is ...", file=sys.stderr)
         RUNS.mkdir(exist_ok=True)
@@ -120,7 +121,7 @@ def outcome(mutant, tests, folder):
     (folder / mutant.file).write_text(mutant.source)
     start, limit = time.time(), 60 + 3 * sum(seconds for seconds, _ in tests.values())
     printed = run_tests(folder, limit, MUTANTS_ORDER=str(folder / "order.json"))
-    shutil.copy(HERE / mutant.file, folder)
+    shutil.copy(HERE / mutant.file, folder / mutant.file)
     if printed:
         found = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", printed, re.M)
         noticed = found[1] if found else "pytest ends without a result"

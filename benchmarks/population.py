@@ -7,6 +7,7 @@
    (* marks the number that train.py runs at once.)
 3. Time and peak memory against the batch and against P: linear, if all is well; and from that, the
    largest batch that fits.
+4. What PGPE itself holds at its peak with many weights, beside theta: the noise of one chunk.
 Ratios are medians over turns. Networks as initialised, real images, the loss of train.py.
 """
 import argparse
@@ -19,6 +20,7 @@ import common                                       # first: it puts the checkou
 import gls
 import train
 from plumbing.console import keep_memory
+from plumbing.data import load_dataset
 from plumbing.processes import members_at_once
 
 RADIUS = {"digits": 0.1, "mnist": 0.1, "cifar10": 2 / 255}
@@ -27,7 +29,7 @@ SIGMA = 0.01
 
 def problem(dataset, net, relax, batch, data_dir, device):
     """(the loss of one minibatch, theta, how many members train.py would run at once)."""
-    data = train.load_dataset(dataset, data_dir)
+    data = load_dataset(dataset, data_dir)
     torch.manual_seed(0)
     net = train.build_network(net, data.x_train.shape[1:], data.classes).to(device)
     x, y = (t[:batch].to(device) for t in (data.x_train, data.y_train))
@@ -114,10 +116,30 @@ def growth(args, results):
                                 batch=batch, seconds=median(times), times=times, MiB=memory))
 
 
+def prepare_noise(weights, pairs, chunk):
+    """For common.peak_memory: PGPE for a loss that takes nothing itself."""
+    def call(weights, pairs):
+        theta = torch.zeros(weights)
+        gls.pgpe(lambda thetas: thetas[:, 0], theta, SIGMA, pairs, torch.Generator(), chunk)
+    return partial(call, 10, 2), partial(call, weights, pairs)
+
+
+def noise(args, results):
+    weights, pairs, chunk = 5 * 10 ** 6, 64, 2
+    vector = 4 * weights / 2 ** 20
+    MiB = common.peak_memory(prepare_noise, (weights, pairs, chunk), args.device)
+    print(f"\nPGPE, {weights:,} weights of {vector:.1f} MiB, {pairs} pairs, chunk {chunk}: "
+          f"{MiB:.0f} MiB at the peak, {MiB - 2 * vector:.0f} beside theta and one copy", flush=True)
+    results.append(dict(what="noise", weights=weights, pairs=pairs, chunk=chunk, MiB=MiB,
+                        beside=MiB - 2 * vector))
+
+
+PARTS = {"population": population, "steps": steps, "growth": growth, "noise": noise}
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--parts", nargs="+", choices=("population", "steps", "growth"),
-                   default=["population", "steps", "growth"])
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     p.add_argument("--pairs", type=int, default=7)
     p.add_argument("--data-dir", default="data")
     p.add_argument("--device", default="cpu")
@@ -126,7 +148,7 @@ def main():
     keep_memory()
     results = []
     for part in args.parts:
-        {"population": population, "steps": steps, "growth": growth}[part](args, results)
+        PARTS[part](args, results)
         common.write(args.out, **common.machine(args.device), results=results)
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import common                                       # first: it puts the checkout on the path
 import train
 from plumbing.console import keep_memory
+from plumbing.data import load_dataset
 from plumbing.processes import process_group
 
 CASES = {
@@ -38,7 +39,7 @@ def steps(rank, world, threads, port, words, data_dir, count, queue):
     torch.set_num_threads(threads)
     keep_memory()
     config, device = train.parse_config(words.split()), torch.device("cpu")
-    data = train.load_dataset(config["dataset"], data_dir)
+    data = load_dataset(config["dataset"], data_dir)
     x, y = (t[:config["batch_size"]] for t in (data.x_train, data.y_train))
     torch.manual_seed(0)
     net = train.build_network(config["net"], x.shape[1:], data.classes)

@@ -1,10 +1,11 @@
-"""The figures of the pages, from the results and from the loss itself. Needs matplotlib.
+"""Pictures of runs; and the figures of the pages, from the results and from the loss itself.
 
-    python figures/draw.py              all of them, into figures/*.svg (10 minutes of one core)
-    python figures/draw.py 1 3          some
+    python figures/draw.py RUN [RUN ...]    pictures of run folders, into them (see pictures.py)
+    python figures/draw.py                  all figures, into figures/*.svg (10 minutes of one core)
+    python figures/draw.py 1 3              some
 
-Figures 1, 2, 3 and 7 compute what they show here; 4, 5 and 6 read the digits of results/, which
-figures/experiments.py writes.
+Needs matplotlib. Figures 1, 2, 3, 7 and 8 compute what they show here; 4, 5 and 6 read the digits
+of results/, which figures/experiments.py writes; 9 does both.
 """
 import argparse
 from pathlib import Path
@@ -17,8 +18,11 @@ import torch.nn as nn
 
 import experiments                                  # first: it puts the checkout on the path
 import gls
+import pictures
 import tables
 import train
+from plumbing.console import run
+from plumbing.data import load_dataset
 from relaxations import margin_lower_bounds
 
 matplotlib.use("svg")
@@ -35,7 +39,8 @@ GREYS = {0.0: "#d55e00", 0.05: "#b8b8b8", 0.15: "#777777", 0.4: "#000000"}
 
 
 def save(figure, name):
-    path = Path(__file__).parent / f"{name}.svg"
+    """name: of a figure of the pages, or a path."""
+    path = name if isinstance(name, Path) else Path(__file__).parent / f"{name}.svg"
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     print(path)
@@ -90,7 +95,8 @@ def figure_1():
                 values[1:][np.abs(np.diff(values)) > 0.1] = np.nan
             ax.plot(ts, values, color=color, lw=2.2 if sigma == 0 else 1.4,
                     label="the loss itself" if sigma == 0 else f"smoothed, sigma = {sigma:g}")
-        ax.set(title=NAME[relax], xlabel="bias b of the first neuron")
+        ax.set(title=NAME[relax], xlabel="bias b of the first neuron",
+               xticks=np.linspace(-1, 1, 5))         # more would touch each other
     axes[0].set_ylabel("worst-case cross-entropy (bound)")
     axes[0].legend()
     save(fig, "1-jump")
@@ -103,7 +109,7 @@ def trained(relax="deeppoly", opt="grad", seed=0, **other):
     chosen = {**experiments.tuned("digits")[relax, opt], **other}
     words = experiments.command(experiments.TABLES["digits"], (relax, opt), seed, chosen)
     folder = experiments.train_cell(words, str(experiments.ROOT / "data"))
-    data = train.load_dataset("digits")
+    data = load_dataset("digits")
     return train.load_run(folder)[0], data.x_train[:128], data.y_train[:128]
 
 
@@ -221,7 +227,7 @@ def certified_radius(net, x, y, relax, steps=12):
 
 def figure_5():
     """Tightness is measured where no bound has trained: on networks trained against an attack."""
-    x, y = (t[:120] for t in train.load_dataset("digits")[2:4])
+    x, y = (t[:120] for t in load_dataset("digits")[2:4])
     attacked = [trained("mtl-ibp", "grad", seed, alpha=0.0, regularize=0.0)[0] for seed in range(3)]
     radii = {relax: [certified_radius(net, x, y, relax) for net in attacked]
              for relax in ("box", "crown-ibp", "deeppoly", "alpha-crown")}
@@ -313,9 +319,119 @@ def figure_7(lines=4, points=81, samples=32, reach=0.1):
     save(fig, "7-surface")
 
 
+# ------------------------------------------------- 8: how far an estimate is from the gradient
+
+IMAGES = {64: "#000000", 32: "#0072b2", 8: "#d55e00"}      # that one perturbed network sees
+COSTS = {"rgs": (64, 128, 256, 512, 1024), "pgpe": (1024, 2048, 4096, 16384)}
+
+
+def distance(grads, reference):
+    """Root mean square distance of gradients (n, D) to the reference, in units of its length."""
+    return ((grads - reference).square().sum(1).mean().sqrt() / reference.norm()).item()
+
+
+def figure_8(runs=8, sigma=0.01):
+    """One minibatch of 64 digits, a network after a quarter of its training. The reference is RGS
+    with 2,048 samples of the whole minibatch."""
+    net, x, y = trained("deeppoly", "rgs", epochs=10, ramp=4, milestones=(8, 9))
+    x, y = x[:64], y[:64]
+    theta = nn.utils.parameters_to_vector(net.parameters()).detach()
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.2), sharey=True)
+    for ax, relax in zip(axes, ("box", "crown-ibp", "deeppoly")):
+        g = torch.Generator().manual_seed(0)
+        losses = {n: [loss_of(net, *part, relax) for part in zip(x.split(n), y.split(n))]
+                  for n in IMAGES}
+        draws = {"rgs": lambda n, k: gls.rgs(losses[n], theta, sigma, k, g, True, chunk=64),
+                 "pgpe": lambda n, k: gls.pgpe(losses[n], theta, sigma, k // 2, g, chunk=64,
+                                               adapt=False)}
+        reference = draws["rgs"](64, 2048)[1]
+        of_gradient = distance(gls.gradient(losses[64][0], theta)[1][None], reference)
+        ax.axhline(of_gradient, color="grey", ls=":", label="plain gradient")
+        for opt, draw in draws.items():
+            for n, color in IMAGES.items():
+                costs = [c for c in COSTS[opt] if c >= 128 or n < 64]           # pairs need two
+                found = [distance(torch.stack([draw(n, c // n)[1] for _ in range(runs)]),
+                                  reference) for c in costs]
+                ax.plot(costs, found, f"{MARKER[opt]}-", color=color, ms=4, lw=1,
+                        label=f"{NAME[opt]}, {n} images a sample")
+                print(f"{relax} {opt} {n}: " + "  ".join(
+                    f"{c} {d:.3g}" for c, d in zip(costs, found)), flush=True)
+        print(f"{relax}: plain gradient {of_gradient:.3g}; gls.relative_error of RGS, 2 samples: "
+              f"{gls.relative_error(lambda: draws['rgs'](64, 2), 32):.3g}", flush=True)
+        ax.set(title=NAME[relax], xlabel="images evaluated for one estimate", xscale="log",
+               yscale="log")
+    axes[0].set_ylabel("distance to the smoothed gradient,\nin units of its length")
+    axes[2].legend(fontsize=6)
+    save(fig, "8-estimates")
+
+
+# ------------------------------------------------------- 9: does the gain follow the roughness?
+
+def own_loss(relax, seed):
+    """(loss, weights) of a network of the digits table, trained by plain gradients of that loss."""
+    net, x, y = trained(relax, "grad", seed)
+    chosen = experiments.tuned("digits")[relax, "grad"]
+    own = {k: chosen[k] for k in ("alpha", "lam") if k in chosen}
+    loss = train.robust_loss(net, x, y, experiments.TABLES["digits"]["eps"], relax,
+                             skip_stable=True, **own)
+    return loss, nn.utils.parameters_to_vector(net.parameters()).detach()
+
+
+def rough_at_home(relax, seed, lines=6, points=81, reach=0.1, sigma=0.01):
+    """Of that loss at its own weights: (largest jump, deviation from convexity), means over random
+    lines in units of the loss, and the noise of its gradient: the standard deviation at weights
+    perturbed by sigma, in units of the mean."""
+    loss, theta = own_loss(relax, seed)
+    ts, generator = np.linspace(-reach, reach, points), torch.Generator().manual_seed(seed)
+    directions = torch.randn(lines, len(theta), generator=generator)
+    unit = loss(theta[None]).item()
+    jump, _, convexity = np.mean([roughness(smoothed(loss, theta, d, ts, 0, 1) / unit)
+                                  for d in directions], 0)
+    noise = gls.relative_error(lambda: gls.rgs(loss, theta, sigma, 1, generator), runs=32)
+    return jump, convexity, noise.item()
+
+
+def figure_9(seeds=2):
+    """What RGS gained is read from the table of the digits, which has more seeds."""
+    grid = tables.table_cells("digits")
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3), sharey=True)
+    for relax in ("box", "crown-ibp", "deeppoly", "sabr", "mtl-ibp"):
+        found = np.array([rough_at_home(relax, seed) for seed in range(seeds)])
+        gain, error = tables.contrast(*([tables.percent(grid[relax, opt], "certified")]
+                                        for opt in ("rgs", "grad")))
+        print(f"{relax}: gain {gain:+.1f} ± {error:.1f}  " + "  ".join(
+            f"{a:.3g} ({b:.3g} to {c:.3g})" for a, b, c in
+            zip(found.mean(0), found.min(0), found.max(0))), flush=True)
+        for ax, values in zip(axes, found.T):
+            ax.errorbar(values.mean(), gain, error, np.abs(values[[0, -1]] - values.mean()).max(),
+                        fmt="o", color=COLOR[relax], capsize=2, label=NAME[relax])
+    for ax, title in zip(axes, ("largest jump, of the loss", "deviation from convexity, of the loss",
+                                "noise of the gradient, of its mean")):
+        ax.axhline(0, color="grey", lw=0.8, ls=":")
+        ax.set(xlabel=title)
+    axes[0].set_xscale("symlog", linthresh=1e-5)
+    axes[0].set_ylabel("certified by RGS less\nby plain gradient, points")
+    axes[2].legend(fontsize=7)
+    save(fig, "9-gain")
+
+
+FIGURES = (figure_1, figure_2, figure_3, figure_4, figure_5, figure_6, figure_7, figure_8,
+           figure_9)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("which", nargs="*", metavar="RUN or NUMBER", help="run folders, or figures")
+    p.add_argument("--data-dir", help="of the runs' images; default: theirs")
+    args = p.parse_args(argv)
+    numbers = [str(n) for n in range(1, len(FIGURES) + 1)]
+    folders = [which for which in args.which if which not in numbers]
+    if folders:
+        pictures.draw_runs(folders, save, args.data_dir)
+    for n in args.which or numbers:
+        if n in numbers:
+            FIGURES[int(n) - 1]()
+
+
 if __name__ == "__main__":
-    p = argparse.ArgumentParser()
-    p.add_argument("which", nargs="*", type=int)
-    figures = (figure_1, figure_2, figure_3, figure_4, figure_5, figure_6, figure_7)
-    for n in p.parse_args().which or range(1, 8):
-        figures[n - 1]()
+    run(main)

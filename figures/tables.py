@@ -189,6 +189,27 @@ def sweeps(name):
     return lines
 
 
+def variants(name):
+    """Several settings changed together, for all seeds, and how far that is from the table."""
+    lines = ["| loss, gradient | changed | certified, % | seeds | less the table's | "
+             "standard error | p |", "|" + "---|" * 7]
+    best, table = experiments.tuned(name), table_cells(name)
+    for changed, methods in experiments.TABLES[name]["variants"]:
+        for m in methods:
+            found = [c for c in experiments.read(name) if (c["relax"], c["opt"]) == m
+                     and "failed" not in c and c["settings"] == {**best[m], **changed}]
+            if len(found) < 2:                                   # not run yet
+                continue
+            runs = [percent(cells, "certified") for cells in (found, table[m])]
+            d, error = contrast(runs[:1], runs[1:])
+            columns = [", ".join(NAME[part] for part in m),
+                       ", ".join(f"{k} {v:g}" for k, v in changed.items()), spread(runs[0]),
+                       str(len(found)), f"{d:+.1f}", f"{error:.1f}",
+                       f"{permutation_test(*runs):.3f}"]
+            lines.append("| " + " | ".join(columns) + " |")
+    return lines
+
+
 CASE = {"digits": "CNN3 / digits", "cnn3": "CNN3 / MNIST", "cnn3-256": "CNN3 / MNIST",
         "cnn5": "CNN5 / CIFAR-10", "cnn7": "CNN7 / CIFAR-10", "init": "initial",
         "box": "trained by box", "deeppoly": "trained by DeepPoly"}
@@ -232,7 +253,7 @@ def measured(name):
     lines = ["```text"]
     for file in files:
         run = benchmark(file)
-        command = re.sub(r"(--data-dir|--checkout) \S+", r"\1 DIR", run["command"])
+        command = re.sub(r"(--data-dir|--checkout|--peer) \S+", r"\1 DIR", run["command"])
         command = re.sub(r"--out \S+", f"--out results/benchmarks/{file}.json", command)
         lines.append(f"{command}      # at {run['commit'][:7]}, {run['device']}, "
                      f"{run['threads']} threads, torch {run['torch']}")
@@ -259,6 +280,18 @@ def rgs_steps(name):
         lines.append(f"| {DATA[r['dataset']]} {r['net']}, {r['batch']} | {NAME[r['relax']]} | "
                      + " | ".join(f"{1e3 * median(t):.0f}" for t in r["times"].values())
                      + f" | **{r['ratio']:.2f}** |")
+    return lines
+
+
+def parts(name):
+    """Rows of benchmarks/steps.py: ratios by the log and, in brackets, by CPU seconds."""
+    lines = ["| bounds | CPU ms of a step: gradient | RGS in 2 parts | RGS, whole, there | RGS in "
+             "parts / gradient | RGS there / gradient | times as fast as there |", "|" + "---|" * 7]
+    for r in benchmark(name)["results"]:
+        columns = [NAME[r["relax"]], *(f"{1e3 * median(t):.0f}" for t in r["cpu"].values()),
+                   *("{:.2f} (**{:.2f}**)".format(*r[k]) for k in ("to_gradient",
+                                                                  "there_to_gradient", "faster"))]
+        lines.append("| " + " | ".join(columns) + " |")
     return lines
 
 
@@ -342,10 +375,10 @@ def fields(_):
 
 
 TABLES = {"results": results_table, "differences": differences, "source": source,
-          "sweeps": sweeps, "summary": summary, "speed": speed, "measured": measured,
-          "population": population, "rgs": rgs_steps, "growth": growth, "fits": fits,
-          "scaling": scaling, "reach": reach, "gaps": gaps, "again": again, "heart": heart,
-          "log": log, "fields": fields}
+          "sweeps": sweeps, "variants": variants, "summary": summary, "speed": speed,
+          "measured": measured, "population": population, "rgs": rgs_steps, "parts": parts,
+          "growth": growth, "fits": fits, "scaling": scaling, "reach": reach, "gaps": gaps,
+          "again": again, "heart": heart, "log": log, "fields": fields}
 PAGES = [experiments.ROOT / page for page in ("README.md", "docs/runs.md", "results/README.md",
                                               "benchmarks/README.md")]
 

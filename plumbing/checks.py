@@ -1,8 +1,8 @@
-"""One message for one mistake: what networks, images, labels and radii have to be.
+"""One message for one mistake: what images, labels, radii and other arguments have to be.
 
 certify.certify and train.evaluate ask check_problem before they compute anything, so that what is
-refused is refused at once, whatever the images turn out to be. It asks the bounds themselves in the
-end, whose words for layers, pixels and precision are the same everywhere.
+refused is refused at once, whatever the images turn out to be. It asks the bounds, whose words are
+the same everywhere; those for networks are in reading.py.
 """
 import math
 import numbers
@@ -10,7 +10,6 @@ from copy import deepcopy
 
 import torch
 import torch.nn as nn
-from torch.nn.parameter import UninitializedTensorMixin
 
 from plumbing.rounding import ROUNDING, unit_of
 
@@ -19,8 +18,8 @@ FLOATS = torch.float32, torch.float64
 
 def check_images(x):
     """Raises ValueError for what are no images: a plain tensor (B, ...) of float32 or float64."""
-    if not torch.is_tensor(x) or x.is_nested or x.layout != torch.strided:
-        kind = x.layout if torch.is_tensor(x) else type(x).__name__
+    if not torch.is_tensor(x) or x.is_nested or x.is_meta or x.layout != torch.strided:
+        kind = f"{x.layout} on {x.device}" if torch.is_tensor(x) else type(x).__name__
         raise ValueError(f"x has to be a tensor of images, got {kind}; "
                          "torch.as_tensor(x, dtype=torch.float32) makes one of an array")
     if x.dim() < 2:
@@ -29,6 +28,51 @@ def check_images(x):
     if x.dtype not in FLOATS:
         raise ValueError("x and the parameters have to be all float32 or all float64, got x of "
                          f"{x.dtype}; pixels of 0..255 are x.float() / 255")
+
+
+def check_numbers(x, tensors):
+    """Raises ValueError unless the images x are pixels and as precise as the {name: tensor} of each
+    layer."""
+    kinds = {(t.dtype, t.device) for own in tensors for t in own.values()
+             if t.dtype != torch.int64}                                    # of num_batches_tracked
+    if kinds - {(x.dtype, x.device)}:
+        kinds = {(x.dtype, x.device), *kinds}
+        raise ValueError("x and the parameters have to be all float32 or all float64, on one "
+                         f"device, got {', '.join(sorted(f'{t} on {at}' for t, at in kinds))}")
+    if torch.is_autocast_enabled(x.device.type):
+        raise ValueError("bounds need full precision; leave torch.autocast before computing them")
+    lowest, highest = x.aminmax() if x.numel() else (-1, -1)
+    if not (lowest >= 0 and highest <= 1):
+        raise ValueError("x is empty, or has values outside [0, 1] or NaN: pass pixels; "
+                         "normalisation is a layer of the network")
+
+
+def as_radii(eps, x):
+    """eps as a tensor that broadcasts with the images x. Raises ValueError."""
+    try:
+        eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"eps={eps!r} is no number or tensor ({str(e).splitlines()[0]})") from None
+    fits = all(n in (1, m) for n, m in zip(reversed(eps.shape), reversed(x.shape)))
+    # One of each image, or of each column? Shapes would allow either.
+    unclear = 1 < eps.numel() == len(x) and eps.dim() == 1
+    if not fits or unclear or eps.dim() > x.dim() or not ((eps >= 0) & eps.isfinite()).all():
+        raise ValueError(f"eps={eps.tolist()} has to be a radius in pixels, 0 <= eps < infinity: a "
+                         "number, or a tensor that broadcasts with x (one of each image: (B, 1, "
+                         "...))")
+    return eps
+
+
+def check_bounds(pairs, shapes, x):
+    """Raises ValueError unless they are pairs (l, u) of tensors of these shapes, like x."""
+    try:
+        got = [(t.shape, t.dtype, t.device) for l, u in pairs for t in (l, u)]
+    except (AttributeError, TypeError, ValueError):
+        got = None
+    if got != [(shape, x.dtype, x.device) for shape in shapes for _ in "lu"]:
+        sizes = [tuple(shape) for shape in shapes]
+        raise ValueError(f"intermediate has to hold a pair (l, u) of each of the shapes {sizes}, "
+                         f"{x.dtype} on {x.device} as x is")
 
 
 def as_labels(y, x, K=None):
@@ -80,22 +124,13 @@ def check_settings(known, stages, timeout, tolerance, batch, steps, restarts, se
         raise ValueError("tolerance=0 cannot be reached in floating point; 1e-6 can")
 
 
-def check_network(net, x):
-    """Raises ValueError for a network that cannot be copied to where the images are."""
-    if not isinstance(net, nn.Module):
-        raise ValueError(f"net ({type(net).__name__}) has to be a plain torch.nn.Sequential")
-    tensors = [*net.parameters(), *net.buffers()]
-    if any(isinstance(t, UninitializedTensorMixin) for t in tensors):
-        raise ValueError("the network has lazy layers without weights; call it once, net(x)")
-    elsewhere = {str(t.device) for t in tensors} - {str(x.device)}
-    if elsewhere:
-        raise ValueError(f"x is on {x.device}, parameters are on {', '.join(sorted(elsewhere))}")
+def check_copy(net):
+    """Raises ValueError for a network that cannot be copied."""
     try:
         deepcopy(net)
     except (RuntimeError, TypeError) as e:
-        raise ValueError(f"the network cannot be copied ({str(e).splitlines()[0]}); pruning and "
-                         "weight norm have to be removed (torch.nn.utils.prune.remove, "
-                         "remove_weight_norm), or use torch.nn.utils.parametrizations") from None
+        raise ValueError(f"the network cannot be copied ({str(e).splitlines()[0]}); weights that "
+                         "are computed belong into torch.nn.utils.parametrize") from None
 
 
 @torch.no_grad()
@@ -108,7 +143,6 @@ def check_problem(net, x, y, eps, margins, neurons):
     check_images(x)
     y = as_labels(y, x)
     check_radius(eps)
-    check_network(net, x)
     if not len(x):
         return y
     # If the bounds take the images with the lowest and the highest pixel, and the smallest and the
@@ -119,6 +153,7 @@ def check_problem(net, x, y, eps, margins, neurons):
     K = margins(net, few, labels, 0.0, "box").shape[1]
     if K < 2:
         raise ValueError(f"the network has {K} logit; a margin is between two")
+    check_copy(net)
     check_forward(net, few, labels, margins, neurons)
     return y
 

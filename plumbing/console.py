@@ -272,7 +272,7 @@ def header(config, data, net):
 def show_training(rows, config, show):
     """The end of the log in one line, and a warning if nothing was learnt."""
     last, classes = rows[-1], config["classes"]
-    power = 2 if "taps" in config["relax"] else 1             # its loss is a product of two
+    power = 2 if "taps" in config.get("relax", "") else 1     # its loss is a product of two
     guessing = math.log(classes) ** power
     show.done(f"trained {len(rows)} epochs in {duration(last['seconds'])}: loss "
               f"{last['loss']:.4f}, {100 * last['certified']:.1f} % certified in training")

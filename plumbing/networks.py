@@ -51,6 +51,8 @@ def build_network(name, input_shape, num_classes, init="ibp", statistics=None):
     for what, value, known in (("net", name, NETWORKS), ("init", init, ("ibp", "default"))):
         if value not in known:
             raise InputError(f"{what} {value!r} is none of {', '.join(known)}")
+    if num_classes < 2:
+        raise InputError("the images have one class; a margin is between two")
     layers = layers_of(name, input_shape, num_classes)
     if statistics is not None:
         layers.insert(0, normalization(*statistics))

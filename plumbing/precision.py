@@ -4,7 +4,8 @@ torch.set_float32_matmul_precision, the fp32_precision switches that followed it
 an environment variable of oneDNN let float32 products round their factors to 8 to 11 bits: fine for
 training, but no bound. On a CPU all of them act through oneDNN, so the bounds are computed without
 it while one is on; on a GPU they are refused. The user's settings stay as they are, but that the
-import of relaxations.py switches TF32 off.
+import of relaxations.py switches TF32 off. NVIDIA_TF32_OVERRIDE=1 acts inside of NVIDIA's libraries,
+whatever PyTorch is set to.
 """
 import os
 import threading
@@ -25,6 +26,8 @@ GPU = {"torch.backends": torch.backends,
 def reduced(device="cpu"):
     """The switch that lets float32 products on that device round their factors, or None."""
     on = [name for name in ENVIRONMENT if os.environ.get(name, "STRICT").upper() != "STRICT"]
+    if device != "cpu" and os.environ.get("NVIDIA_TF32_OVERRIDE", "0") != "0":
+        on.append("NVIDIA_TF32_OVERRIDE")
     on += [f"{name}.fp32_precision" for name, place in (CPU if device == "cpu" else GPU).items()
            if place.fp32_precision not in ("none", "ieee")]
     try:

@@ -1,5 +1,5 @@
-"""The door of relaxations.py: is a network what its layers say, and are images and radii what
-bounds take? What is not is refused by a ValueError of one line, which names the layer.
+"""Is a network what its layers say? What is not is refused by a ValueError of one line, which names
+the layer.
 
 Bounds hold for the network that is read here. So all by which another one could run is looked at:
 methods replaced on a class or on an object, hooks, state that moves at each call, tensors that are
@@ -7,7 +7,6 @@ computed from others. What is handed on are copies of the layers, which nobody e
 """
 import math
 from functools import lru_cache
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -167,8 +166,8 @@ def plain(module, kind, tensors):
     heart sets other tensors in it, for which the network, used by other threads, is no place."""
     copy, settings = kind.__new__(kind), vars(module).keys() - {*TENSORS}
     vars(copy).update((name, vars(module)[name]) for name in settings)
-    holds = module._parameters | tensors
-    vars(copy).update(_parameters=holds, _buffers={}, _modules={}, training=False)
+    nn.Module.__init__(copy)               # no hooks: one for backward passes would change the heart
+    vars(copy).update(_parameters=module._parameters | tensors, training=False)
     return copy
 
 
@@ -220,78 +219,3 @@ def stack_tensors(net, params):
         raise ValueError("params has one tensor of net under several names; give it under one")
     P = sizes.pop()[0]
     return P, lambda t: given[id(t)] if id(t) in given else t.expand(P, *t.shape)
-
-
-# --------------------------------------------------------------------------------------- arguments
-
-def check_images(x):
-    if not torch.is_tensor(x) or x.dim() < 2:
-        raise ValueError(f"x has to be a tensor of images (B, ...), got {kind_and_shape(x)}")
-    if torch.is_autocast_enabled(x.device.type):
-        raise ValueError("bounds need full precision; leave torch.autocast before computing them")
-
-
-def check_numbers(x, tensors):
-    """Of the images x, and of the {name: tensor} of each layer."""
-    kinds = {(t.dtype, t.device) for own in tensors for name, t in own.items() if name in FLOATS}
-    if kinds - {(x.dtype, x.device)} or x.dtype not in (torch.float32, torch.float64):
-        kinds = {(x.dtype, x.device), *kinds}
-        raise ValueError("x and the parameters have to be all float32 or all float64, on one "
-                         f"device, got {', '.join(sorted(f'{t} on {at}' for t, at in kinds))}")
-    lowest, highest = x.aminmax() if x.numel() else (-1, -1)
-    if not (lowest >= 0 and highest <= 1):
-        raise ValueError("x is empty, or has values outside [0, 1] or NaN: pass pixels; "
-                         "normalisation is a layer of the network")
-
-
-def kind_and_shape(value):
-    shape = getattr(value, "shape", None)
-    return f"{type(value).__name__}" if shape is None else f"{value.dtype} {tuple(shape)}"
-
-
-def as_numbers(value, what, x, dtype=None):
-    """The value as a tensor on the device of x."""
-    try:
-        return torch.as_tensor(value, dtype=dtype, device=x.device)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{what}={value!r} is no number or tensor "
-                         f"({str(e).splitlines()[0]})") from None
-
-
-def checked_eps(eps, x):
-    eps = as_numbers(eps, "eps", x, x.dtype)
-    fits = all(n in (1, m) for n, m in zip(reversed(eps.shape), reversed(x.shape)))
-    # One of each image, or of each column? Shapes would allow either.
-    unclear = 1 < eps.numel() == len(x) and eps.dim() == 1
-    if not fits or unclear or eps.dim() > x.dim() or not ((eps >= 0) & eps.isfinite()).all():
-        raise ValueError(f"eps={eps.tolist()} has to be a radius in pixels, 0 <= eps < infinity: a "
-                         "number, or a tensor that broadcasts with x (one of each image: (B, 1, "
-                         "...))")
-    return eps
-
-
-def checked_labels(y, x, K):
-    y = as_numbers(y, "y", x)
-    if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)}")
-    if not ((y >= 0) & (y < K)).all():
-        raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
-    return y.long()
-
-
-def checked_bounds(pairs, shapes, x):
-    """Pairs (l, u) of bounds before each ReLU, as tensors like x."""
-    try:
-        got = [(t.shape, t.dtype, t.device) for l, u in pairs for t in (l, u)]
-    except (AttributeError, TypeError, ValueError):
-        got = None
-    if got != [(shape, x.dtype, x.device) for shape in shapes for _ in "lu"]:
-        sizes = [tuple(shape) for shape in shapes]
-        raise ValueError(f"intermediate has to hold a pair (l, u) of each of the shapes {sizes}, "
-                         f"{x.dtype} on {x.device} as x is")
-    return pairs
-
-
-def check_steps(steps):
-    if not isinstance(steps, Integral) or steps < 0:
-        raise ValueError(f"steps={steps!r} has to be a whole number >= 0")

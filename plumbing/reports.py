@@ -1,11 +1,15 @@
 """What certify.py says in the end, and what it knows from other radii."""
 import math
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from plumbing.console import InputError, Parser, count, number
-from plumbing.verdicts import STATUSES
+from plumbing.processes import ranks
+from plumbing.runs import checksum
+from plumbing.verdicts import (STATUSES, ContradictionError, points_of, save_point, verdict_of,
+                               write_verdicts)
 
 
 def newest_run(root="runs"):
@@ -94,6 +98,51 @@ def report_inherited(indices, eps, known, report):
     return left
 
 
+def certify_radii(certify, net, config, data, path, args):
+    """Write a verdict for each test image and radius, a file for each radius, and show their
+    counts; what one radius tells about others is used. certify: that of certify.py. With many
+    processes each takes its share of the images; the first gathers what they wrote."""
+    n = min(len(data.x_test), args.samples or config["test_subset"] or len(data.x_test))
+    x, y = data.x_test[:n], data.y_test[:n]
+    settings = dict(stages=args.stages, timeout=args.timeout, steps=args.steps, seed=args.seed,
+                    restarts=data.classes if args.restarts is None else args.restarts)
+    if (slope := args.slope or config.get("slope", "adaptive")) != "adaptive":
+        settings["slope"] = slope
+    header = dict(run=path.resolve().name, **settings, network=checksum(*net.state_dict().values()),
+                  images=checksum(data.x_test, data.y_test))
+    known, made = {}, "" if args.weights else f" trained by {config['relax']}, {config['opt']}"
+    for eps in outside_in(args.eps or [config["eps"]]):
+        file = file_of(args, path, eps)
+
+        def certify_some(indices, report):
+            left = report_inherited(indices, eps, known, report)
+            images = [indices[place] for place in left]
+            certify_images(certify, net, x, y, eps, file, images, batch=args.batch_size, **settings,
+                           report=lambda v: report(replace(v, index=left[v.index])))
+
+        title = f"{path}: {config['net']}{made}; eps {eps:.4g}; {n} test images"
+        known[eps] = write_verdicts(file, header | dict(eps=eps), y.tolist(), certify_some,
+                                    verdict_of, title, batch=args.batch_size)
+        if ranks()[0] == 0:
+            print("\n".join(summary([known[eps][i] for i in range(n)], settings["stages"])))
+    if len(known) > 1 and ranks()[0] == 0:
+        print("\n".join(curve(known)))
+
+
+def certify_images(certify, net, x, y, eps, file, images, **options):
+    """certify these of the images x. A contradiction ends the program; its witness is kept beside
+    the file of verdicts."""
+    device = next(net.parameters()).device
+    try:
+        certify(net, x[images].to(device), y[images].to(device), eps, **options)
+    except ContradictionError as e:
+        i = images[e.index]
+        witness = save_point(points_of(file), f"contradiction-{i}", e.counterexample)
+        print(f"abort: test image {i} is certified and attacked: {e}. The counterexample is in "
+              f"{witness}", file=sys.stderr)
+        sys.exit(1)
+
+
 # ----------------------------------------------------------------------------------- command line
 
 def parse_args(argv, stages, settings):
@@ -128,6 +177,7 @@ def parse_args(argv, stages, settings):
     p.add_argument("--out", help="JSON lines, one verdict each; default: certify-epsEPS.jsonl in "
                    "the run folder, or beside FILE")
     args = p.parse_args(argv)
+    args.stages = [stage for stage in stages if stage in args.stages]
     foreign = [args.weights, args.net]
     if any(foreign) and (args.run or not all([*foreign, args.dataset])):
         p.error("argument --weights: takes --net and --dataset, and no run folder; a run keeps its "

@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import certify                                                                     # noqa: E402
+import relaxations                                                                 # noqa: E402
 import train                                                                       # noqa: E402
 
 nan, inf, some = math.nan, math.inf, torch.tensor([0.1, 0.2])
@@ -122,18 +123,30 @@ def test_random_mistakes_are_refused_in_under_a_second(part):
         assert time.process_time() - begun < 1, wrong
 
 
+def words_of(call, name, change):
+    """With which a mistake is refused; "" if it is none."""
+    arguments = right()
+    arguments[name] = change(arguments[name]) if callable(change) else change
+    try:
+        call(**arguments)
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", OF_EVALUATE)
-def test_certify_and_evaluate_refuse_in_the_same_words(name):
+def test_certify_evaluate_and_the_bounds_refuse_in_the_same_words(name):
+    """The bounds take more: one logit, and a weight that cannot be copied. Where the images are one
+    too few in their shape and too many in number, they name the other fault."""
     for change in MISTAKES[name]:
-        words = []
-        for call in (certify.certify, train.evaluate):
-            arguments = right()
-            arguments[name] = change(arguments[name]) if callable(change) else change
-            with pytest.raises(ValueError) as error:
-                call(**arguments)
-            words.append(str(error.value))
-        assert words[0] == words[1]
+        words = words_of(certify.certify, name, change)
+        assert words and words_of(train.evaluate, name, change) == words
+        if name in ("net", "x", "y"):
+            of_bounds = words_of(relaxations.margin_lower_bounds, name, change)
+            other = "the network has 1 logit", "the network cannot be copied", "y has to hold"
+            fault = "" if "network" in words else "cannot read the shape"
+            assert of_bounds == words or words.startswith(other) and fault in of_bounds
 
 
 def test_labels_may_be_a_list_or_an_array_of_any_integers():

@@ -102,11 +102,15 @@ def test_a_network_of_ones_own_trains_goes_on_and_is_certified_without_its_file(
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(OWN)
     assert command(train.main, *RUN.split()) == 0
-    run, executed = next(Path("runs").iterdir()), Path("executed")
+    run, executed = Path("runs/digits-own-deeppoly-rgs-eps0.02-batch-size30"), Path("executed")
     assert executed.read_text() == "x" and run.is_dir()
     assert command(train.main, *RUN.split(), "--epochs", 3, "--out", "long") == 0
     Path("own.py").write_text("raise SystemExit('executed')")
-    assert command(train.main, "--resume", run, "--epochs", 3) == 0
+    with monkeypatch.context() as m:                                 # killed before its first step
+        m.setattr(train, "train", lambda *args, **options: exit(9))
+        assert command(train.main, "--resume", run, "--epochs", 3) == 9
+    assert train.load_run(run)[1]["epochs"] == 3
+    assert command(train.main, "--resume", run) == 0
     for k, t in weights("long").items():
         assert torch.equal(t, weights(run)[k]), k                    # as if it had been planned
     assert train.load_run(run)[1]["epochs"] == 3
@@ -231,3 +235,10 @@ def test_update_batchnorm_moves_what_learns_in_nested_networks_too():
     before = net[4].running_mean.clone()
     train.update_batchnorm(net, x[:1])                                  # no variance: nothing
     assert torch.equal(net[4].running_mean, before)
+
+
+def test_images_that_a_convolution_leaves_nothing_of_are_refused():
+    for shape in ((1, 2, 8), (1, 8, 2), (3, 1, 1)):
+        with pytest.raises(InputError, match="net small needs larger images"):
+            train.build_network("small", shape, 4)
+    assert train.build_network("small", (1, 3, 8), 4)(torch.zeros(1, 1, 3, 8)).shape == (1, 4)

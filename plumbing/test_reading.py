@@ -16,6 +16,17 @@ from relaxations import margin_lower_bounds
 RELAXATIONS = relaxations.RELAXATIONS[:3]
 
 
+@pytest.mark.parametrize("fast", (True, False))
+def test_hooks_on_backward_passes_change_no_bound(fast, monkeypatch):
+    """The heart transposes layers by a backward pass; it runs copies, which have no hooks."""
+    net, x, y = make("mlp")
+    monkeypatch.setattr(relaxations, "FAST", fast)
+    bounds = margin_lower_bounds(net, x, y, 0.1)
+    net[0].register_full_backward_hook(lambda module, given, got: (0 * given[0],))
+    net[2].register_full_backward_pre_hook(lambda module, got: (0 * got[0],))
+    assert torch.equal(margin_lower_bounds(net, x, y, 0.1), bounds)
+
+
 def test_what_changes_the_function_behind_our_back_is_refused():
     class Twice(nn.Linear):
         def forward(self, x):
@@ -158,10 +169,10 @@ def test_networks_that_cannot_be_bounded(layers, message):
     (dict(y=torch.tensor([0, 1])), "1 integer labels"),
     (dict(params={"0.weights": torch.zeros(2, 7, 6)}), "unknown ['0.weights']"),
     (dict(net=nn.Linear(6, 4)), "has to be a plain torch.nn.Sequential"),
-    (dict(x=torch.zeros(6)), "x has to be a tensor of images (B, ...), got torch.float32 (6,)"),
-    (dict(x=[[0.0] * 6]), "x has to be a tensor of images (B, ...), got list"),
+    (dict(x=torch.zeros(6)), "x has to be a batch of images (B, ...), got the shape (6,)"),
+    (dict(x=[[0.0] * 6]), "x has to be a tensor of images, got list"),
     (dict(x=torch.zeros(1, 6, dtype=torch.uint8)), "all float32"),
-    (dict(y=None), "y=None is no number"), (dict(y=[[0, 1], [0]]), "y=[[0, 1], [0]] is no number"),
+    (dict(y=None), "y has to hold 1 integer labels, got NoneType"), (dict(y=[[0, 1], [0]]), "y has to hold 1 integer labels, got list"),
     (dict(eps="0.1"), "eps='0.1' is no number"), (dict(eps=None), "eps=None is no number"),
     (dict(x=torch.zeros(6, 6), y=torch.zeros(6).long(), eps=torch.full((6,), 0.1)),
      "one of each image: (B, 1, ...)"),

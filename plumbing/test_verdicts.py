@@ -86,14 +86,14 @@ def test_verdicts_of_other_weights_are_not_those_of_the_run(tmp_path, capsys, mo
 
 def test_fuzzed_verdicts(tmp_path):
     path, header = tmp_path / "certify.jsonl", dict(run="r", eps=0.1)
-    known, file = verdicts.open_log(path, header, certify.verdict_of)
+    known, file = verdicts.open_log(path, header, verdicts.verdict_of)
     rows = [dict(index=i, status="certified", stage="box", bound=i / 7, seconds=0.25,
                  seconds_by_stage={"box": 0.25}) for i in range(20)]
     with file:
         for row in rows:
             print(verdicts.sealed(row), file=file)
     def load():
-        known, file = verdicts.open_log(path, header, certify.verdict_of)
+        known, file = verdicts.open_log(path, header, verdicts.verdict_of)
         file.close()
         return known
     def check(known, _):
