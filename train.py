@@ -135,7 +135,8 @@ SETTINGS = {
     "subset": Setting(None, count(1), "use only the first N training images; default: all"),
     "validation": Setting(0, count(0), "test on the last N training images, held out, to tune"),
     "test_subset": Setting(None, count(1), "test on the first N test images; default: all"),
-    "out": Setting(None, str, "the run folder; default: runs/DATASET-NET-RELAX-OPT"),
+    "out": Setting(None, str, "the run folder; default: runs/DATASET-NET-RELAX-OPT-..., with what "
+                   "is set otherwise than usual"),
     "resume": Setting(None, run_folder, "go on with the run in this folder, from its last "
                       "checkpoint, or for more --epochs; beside these, only --dataset, --data-dir "
                       "and --device may be given"),

@@ -260,7 +260,8 @@ def told_apart(config, settings):
         if name not in UNTOLD and value != usual[name]:
             no = "no-" * (value is False)
             text = f"{value:.4g}" if type(value) in (int, float) else Path(str(value)).stem
-            words.append(no + name.replace("_", "-") + text * (type(value) is not bool))
+            dash = "-" * name[-1].isdigit()                                 # l1-0.0001
+            words.append(no + name.replace("_", "-") + (dash + text) * (type(value) is not bool))
     return words
 
 

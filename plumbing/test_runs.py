@@ -324,5 +324,5 @@ def test_the_folder_of_a_run_says_what_differs(tmp_path, monkeypatch):
         "digits-mlp-" + name for name in (
             "deeppoly-rgs", "deeppoly-rgs-sigma0.03", "deeppoly-rgs-seed1", "deeppoly-grad",
             "deeppoly-rgs-eps0.03137-no-antithetic-augment")}
-    config = train.complete(dict(weights="/else/where/net.pt", init="default"))
-    assert runs.told_apart(config, train.SETTINGS) == ["initdefault", "weightsnet"]
+    config = train.complete(dict(init="default", l1=1e-4, kappa=0.5))
+    assert runs.told_apart(config, train.SETTINGS) == ["kappa0.5", "l1-0.0001", "initdefault"]
