@@ -77,10 +77,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, vjp, vmap
-from torch.utils.checkpoint import checkpoint
 
 from plumbing.checks import (as_labels, as_radii, check_bounds, check_images, check_numbers,
                              check_whole)
+from plumbing.memory import Budget
 from plumbing.precision import full_precision
 from plumbing.reading import read_layers
 
@@ -343,8 +343,8 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     slope: of the lower line of an unstable ReLU: a name of SLOPES, or a function (l, u) -> slope in
         [0, 1]. "alpha-crown" starts from it.
     intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
-    memory: a budget in bytes for the passes (None: MEMORY): how many rows go down at once, and how
-        many passes are kept for backward. The least pass goes down whatever it takes, and
+    memory: a budget in bytes for the passes (None: see plumbing/memory.py): how many rows go down
+        at once, and how many passes are kept for backward. The least pass goes down whatever it takes, and
         alpha-CROWN may take twice the budget.
 
     Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
@@ -961,7 +961,7 @@ def all_rows(stages, lines, box, budget):
         A, d = (both_signs(t[:, :, some], 2) for t in (W, c))
         return [(A.view(P, 1, 1, -1, Q), d.view(P, 1, 1, -1))]
 
-    fit, keeps = budget.fit(2 * P * G, sizes_down(view, below), held=2 + 3 / (2 * O))
+    fit, keeps = budget.fit(2 * P * G, sizes_down(view, below), held=3 + 3 / (2 * O))
     samples, channels = min(B, fit), min(O, max(1, fit // B))
     channels -= channels % 8 if channels > 8 else 0     # else products are half as fast
     starts = range(0, O, channels)
@@ -1022,7 +1022,7 @@ def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
     slot = torch.arange(len(member), device=l.device) - before[member]
     samples, neurons = member.new_zeros(2, P, int(counts.max()))
     samples[member, slot], neurons[member, slot] = member * l.shape[1] + sample, neuron
-    fit, keeps = budget.fit(2 * P, sizes_down(view, below), held=4)
+    fit, keeps = budget.fit(2 * P, sizes_down(view, below), held=5)
     longest, members = samples.shape[1], torch.arange(P, device=l.device)[:, None]
     U = min(longest, fit)
 
@@ -1135,12 +1135,6 @@ def sub_pixel(A, weight, size, s, p, groups):
     return A.permute(0, 3, 1, 2)
 
 
-# Rows are bounded in passes. The most coefficients at once in one, where more are no faster; and
-# the memory that the passes of a call may hold, by default, in bytes (on a GPU: half of it).
-CHUNK = {"cpu": 2 ** 23, "cuda": 2 ** 27, "mps": 2 ** 27}
-MEMORY = {"cpu": 2 ** 31, "mps": 2 ** 32}
-
-
 def sizes_down(view, stages):
     """The numbers of coefficients that one row holds, one after another, going down the stages."""
     sizes = [view.size()]
@@ -1148,45 +1142,6 @@ def sizes_down(view, stages):
         view = view.below(op)
         sizes.append(view.size())
     return sizes
-
-
-def default_memory(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 2
-    return MEMORY[device.type]
-
-
-class Budget:
-    """Bytes that the passes of one call may hold: half for what is kept for backward, a quarter for
-    the pass at work, a quarter in reserve for what is not counted."""
-
-    def __init__(self, memory, t):
-        memory = default_memory(t.device) if memory is None else memory
-        if not 0 <= memory < float("inf"):
-            raise ValueError(f"memory={memory} has to be a number of bytes")
-        self.chunk, self.number = CHUNK[t.device.type], t.element_size()
-        self.at_work, self.left = int(memory) // 4, int(memory) // 2
-
-    def fit(self, rows, sizes, held):
-        """How many times so many rows of so many coefficients go down in one pass, at least 1; and
-        the bytes that this many rows keep for backward.
-
-        held: numbers for each coefficient: it before and after its ReLU, and lines of its own.
-        """
-        keeps = int(rows * held * sum(sizes) * self.number)
-        works = keeps + 3 * rows * max(sizes) * self.number            # 3: what backward adds
-        return max(1, min(self.chunk // (rows * max(sizes)), self.at_work // works)), keeps
-
-    def run(self, bound, jobs, cost):
-        """bound(*job) of all jobs, one after another. Those that the budget does not let keep what
-        backward needs, cost bytes each, compute it again there: a third more time."""
-        found = []
-        for job in jobs:
-            kept = not torch.is_grad_enabled() or cost <= self.left
-            self.left -= cost if kept else 0
-            found.append(bound(*job) if kept else checkpoint(
-                bound, *job, use_reentrant=False, preserve_rng_state=False))
-        return found
 
 
 class QuickEngine(Engine):
@@ -1217,7 +1172,7 @@ class QuickEngine(Engine):
             return best_slopes(*self.rows(W, c, y[b:b + samples]), way, ask.ascent, no_checkpoint)
 
         sizes = sizes_down(View(W.shape[2:]), stages)
-        fit, keeps = budget.fit(P * K, sizes, held=2 + 3 / K)
+        fit, keeps = budget.fit(P * K, sizes, held=3 + 3 / K)
         samples = min(n, fit)
         jobs = [(b,) for b in range(0, n, samples)]
         return self.filled_up(torch.cat(budget.run(of_samples, jobs, keeps * samples), 1), y)

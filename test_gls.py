@@ -2528,7 +2528,7 @@ def test_no_certificate_in_float32_is_contradicted_in_float64():
 # --------------------------------------------------------------------------------------- the house
 
 HOUSE = Path(__file__).resolve().parent
-MOST_LINES = {"relaxations.py": 1500, "train.py": 650, "certify.py": 600, "gls.py": 200,
+MOST_LINES = {"relaxations.py": 1215, "train.py": 650, "certify.py": 600, "gls.py": 200,
               "README.md": 150}
 
 
@@ -2572,4 +2572,4 @@ def test_one_step_runs_few_lines_of_the_heart(tmp_path, monkeypatch):
                    "--out", tmp_path / "run", *QUICK, "--ramp", 1) == 0
     assert len(steps) == 3 and {"relaxations.py", "train.py"} <= {name for name, _ in lines}
     count = len(lines)
-    assert count <= 336
+    assert count <= 327
