@@ -26,7 +26,7 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import gls
-from plumbing.attack import attack, forward_margin, margins_of, smallest
+from plumbing.attack import attack, forward_margin, margins_of, smallest, worst_points
 from plumbing.checks import check_problem, check_whole
 from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
                               not_negative, parser_of, pick_device, positive, positive_unit,
@@ -253,25 +253,6 @@ def last_part(net, relus):
         raise InputError(f"--split {relus}: with {len(places)} ReLUs in the network, it has to be "
                          "less than that: taps and staps bound what is below")
     return nn.Sequential(*layers[places[-1 - relus] + 1:])
-
-
-def worst_points(margins, l, u, classes, steps=8):
-    """Points (P, B, K, ...) of boxes (P, B, 1, ...), the k-th with the least of margins(points),
-    (P, B, K), that PGD met from the centre on (the authors' start at random points)."""
-    centre, own = (l + u) / 2, [1] * (l.dim() - 3)                   # own: axes of a point
-    z = centre.expand(-1, -1, classes, *l.shape[3:])
-    best, least = z, z.new_full(z.shape[:3], torch.inf)
-    for step in range(steps + 1):
-        z = z.clamp(l, u).detach().requires_grad_()
-        with torch.enable_grad():
-            found = margins(z)
-        better = found.detach() < least
-        least = torch.where(better, found.detach(), least)
-        best = torch.where(better.view(*better.shape, *own), z.detach(), best)
-        if step < steps:
-            slopes = torch.autograd.grad(found.sum(), z)[0]
-            z = z - max(0.2, 2 / steps) * (u - l) * slopes.sign()
-    return best
 
 
 def linked(points, l, u, c=0.5):
