@@ -25,7 +25,7 @@ import certify
 import gls
 import relaxations
 import train
-from plumbing.data import Dataset
+from plumbing.data import CIFAR_STATISTICS, Dataset
 from plumbing.for_tests import (NETS, QUICK, QUICK_RUN, command, in_ball, make, npz, random_bn,
                                 true_margins)
 from plumbing.processes import members_at_once
@@ -457,8 +457,8 @@ def test_batchnorm_is_folded_exactly():
 def test_eps_is_in_pixels_whatever_the_normalisation():
     """A network on (x - mean) / std is the same function as one with these in its first weights."""
     torch.manual_seed(0)
-    net = train.build_network("mlp", (3, 4, 4), 3, "default", train.CIFAR_STATISTICS).double()
-    mean, std = (torch.tensor(t).double().repeat_interleave(16) for t in train.CIFAR_STATISTICS)
+    net = train.build_network("mlp", (3, 4, 4), 3, "default", CIFAR_STATISTICS).double()
+    mean, std = (torch.tensor(t).double().repeat_interleave(16) for t in CIFAR_STATISTICS)
     plain = deepcopy(net)[1:]
     plain[1].weight.data = net[2].weight.data / std
     plain[1].bias.data = net[2].bias.data - net[2].weight.data @ (mean / std)
