@@ -31,11 +31,9 @@ Guarantee: "certified" holds for every point of the ball, up to rounding in floa
 bound that counts is computed; float32 only steers the search. "attacked" comes with a
 counterexample in the ball (exactly, as float32 numbers), misclassified by a float64 forward pass.
 "unknown" is neither. Each sample is attacked once before it is bounded, and bounded up to DeepPoly
-though attacked: one that comes out certified proves a bound wrong. benchmarks/self_check.py tries to
-contradict bounds and verdicts on random networks.
-
-A positive factor of the logits changes no verdict. Nor does it change the search, for constants
-that are compared with margins count in a unit of the network's own: see unit_of.
+though attacked: one that comes out certified proves a bound wrong; benchmarks/self_check.py tries
+to get there on random networks. A positive factor of the logits changes no verdict; nor the search,
+for constants that are compared with margins count in a unit of the network's own: see unit_of.
 
 Letters in shape comments: those of relaxations.py; n nodes (subdomains), k candidates to cut at.
 """
@@ -52,7 +50,7 @@ import torch
 from torch.func import jacrev
 
 from plumbing.attack import descend, forward_margin, margins_of, restarts_of, smallest
-from plumbing.checks import check_problem, check_settings
+from plumbing.checks import check_choice, check_problem, check_settings
 from plumbing.console import InputError, defaults, pick_device, run, warn
 from plumbing.data import dataset_kind, hold_out, statistics_of
 from plumbing.linear_program import linear_program
@@ -137,20 +135,19 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     dtype of x.  x: (n, ...) in [0, 1].  y: (n,) labels.  timeout: seconds per sample; one that has
     used them up enters no further stage, no further descent, and its branching stops (None: no
     limit, so that branch and bound settles every sample in the end, but for margins that rounding
-    hides).  stages: any of STAGES.  steps, restarts: of the attack; restarts=None is one for each
-    class, 0 leaves it out; those towards classes that bounds rule out are left out, and the attack
-    takes at most a quarter of the time.  batch: samples bounded at once.
-    tolerance: go on until the smallest margin over the ball is known to so much, in float64:
-    bound <= margin <= bound + tolerance (None: until its sign is known). Misclassified samples are
-    left out of that.  slope: of DeepPoly's lower lines, a name of relaxations.SLOPES.
-    report(verdict) is called for each sample as soon as it is settled.
+    hides).  stages: any of STAGES.  steps, restarts: of the attack, which takes at most a quarter
+    of the time; restarts=None is one for each class that no bound rules out, 0 leaves it out.
+    batch: samples bounded at once.  slope: of DeepPoly's lower lines, a name of relaxations.SLOPES.
+    tolerance: go on until the smallest margin over the ball is known to so much, in float64: bound
+    <= margin <= bound + tolerance (None: until its sign is known; misclassified samples are left
+    out).  report(verdict): called for each sample as soon as it is settled.
 
     Raises ContradictionError if a sample is certified and attacked, and before the first stage
     ValueError for bad arguments and for networks that relaxations.py does not support.
     """
-    timeout = math.inf if timeout is None else timeout
-    tolerance = math.inf if tolerance is None else tolerance
+    timeout, tolerance = (math.inf if t is None else t for t in (timeout, tolerance))
     check_settings(STAGES, stages, timeout, tolerance, batch, steps, restarts, seed)
+    check_choice(SLOPES, slope=slope)
     y = check_problem(net, x, y, eps, margin_lower_bounds, preactivation_bounds)
     if not len(x):
         return []
@@ -362,11 +359,10 @@ def neuron_bounds(batch):
     for relax, is_quick in (("alpha-crown", True), ("deeppoly", False)):
         some = [i for i, q in enumerate(quick) if q is is_quick]
         if some:
-            begun, settings = time.perf_counter(), batch.settings
+            begun, order, settings = time.perf_counter(), order + some, batch.settings
             found.append(preactivation_bounds(net, x[some], settings.eps, relax, skip_stable=True,
                                               slope=settings.slope))
             batch.spend("alpha-crown", begun, some)
-            order += some
     back = torch.tensor(order).argsort()
     return [[torch.cat(ends)[back] for ends in zip(*pairs)] for pairs in zip(*found)]
 

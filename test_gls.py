@@ -2528,7 +2528,7 @@ def test_no_certificate_in_float32_is_contradicted_in_float64():
 # --------------------------------------------------------------------------------------- the house
 
 HOUSE = Path(__file__).resolve().parent
-MOST_LINES = {"relaxations.py": 1215, "train.py": 650, "certify.py": 600, "gls.py": 200,
+MOST_LINES = {"relaxations.py": 1216, "train.py": 650, "certify.py": 600, "gls.py": 200,
               "README.md": 150}
 
 

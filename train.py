@@ -17,7 +17,6 @@ import math
 from contextlib import ExitStack
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -27,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 
 import gls
 from plumbing.attack import attack, forward_margin, margins_of, smallest, worst_points
-from plumbing.checks import check_problem, check_whole
+from plumbing.checks import check_choice, check_problem, check_whole
 from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
                               not_negative, parser_of, pick_device, positive, positive_unit,
                               refuse_others, run, show_training, table, unit, warn_without_effect,
@@ -81,17 +80,15 @@ SETTINGS = {
     "sigma": Setting(dict(grad=0.0, rgs=0.01, pgpe=0.01), positive,
                      "rgs, pgpe: standard deviation of the weight noise",
                      "here: the size of cnn3's smaller initial weights; on digits 0.001 to 0.03 do "
-                     "as well, 0.1 spoils (README, figure 4)"),
+                     "as well, 0.1 spoils (results/, figure 4)"),
     "samples": Setting(dict(grad=1, rgs=2, pgpe=64), count(1),
-                       "rgs, pgpe: loss evaluations in a step",
-                       "here: an antithetic pair; 32 pairs"),
+                       "rgs, pgpe: loss evaluations in a step", "here: one pair; 32 pairs"),
     "antithetic": Setting(True, bool, "rgs: perturb by eps and by -eps, as pgpe always does",
                           "here: cancels the odd part of the noise, for free"),
     "parts": Setting(1, count(1), "rgs, pgpe: parts of a minibatch; a sample, or pair, sees one"),
     "sigma_adapt": Setting("fixed", ("fixed", "scalar", "parameter"),
                            "pgpe: follow the gradient of sigma too, one for all or one each"),
-    "sigma_lr": Setting(0.1, not_negative,
-                        "scalar, parameter: step size of sigma (--sigma-adapt)",
+    "sigma_lr": Setting(0.1, not_negative, "scalar, parameter: step size of sigma (--sigma-adapt)",
                         "pgpelib's default"),
     "members": Setting(None, count(1), "rgs, pgpe: parameter vectors run at once; default: by "
                        "their size"),
@@ -104,9 +101,9 @@ SETTINGS = {
     "lam": Setting(0.4, positive_unit, "sabr, staps: radius of the small box, in units of eps",
                    "Mueller et al. 2023 for MNIST at 0.1; they use 0.1 to 0.7, by data set"),
     "split": Setting(1, count(1), "taps, staps: ReLUs in the last part of the network, which is "
-                     "attacked instead of bounded", "Mao et al. 2023, mostly; 1 to 6 in CTBench"),
+                     "attacked instead of bounded", "1 to 6 in CTBench, mostly 1"),
     "expand": Setting(5.0, positive, "taps, staps: factor of the gradient of the attacked loss",
-                      "Mao et al. 2023; 2 to 5 in their code, by data set"),
+                      "CTBench's advice; 2 to 4 in its scripts, by data set"),
     "slope_steps": Setting(3, count(0), "alpha-crown: steps of ascent inside the loss",
                            "here; each costs a bound and its gradient"),
     "kappa": Setting(0.0, unit, "weight of the natural loss; 0: only the bound counts", "here"),
@@ -397,11 +394,11 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
 def evaluate(net, x, y, eps, batch=500, progress=lambda line: None, slope="adaptive"):
     """Which samples are correct, survive the attack, and are certified: {name: (n,) bool}.
 
-    "best" is certified by any of the three relaxations. Raises ValueError for what the bounds
-    refuse, and AssertionError if a certified sample was attacked: then a bound is wrong, and no
-    number can be trusted.
+    "best": by any of the three relaxations. Raises ValueError for what the bounds refuse, and
+    AssertionError if a certified sample was attacked: then no number can be trusted.
     """
     check_whole(1, batch=batch)
+    check_choice(SLOPES, slope=slope)
     y = check_problem(net, x, y, eps, margin_lower_bounds, preactivation_bounds)
     result = {"natural": forward_margin(net, x, y).cpu() > 0}
     progress("attacking")
@@ -566,8 +563,8 @@ def fit(net, x, y, device="auto", show=None, **settings):
     others are those of --dataset PATH.npz.  show(line) is called once a step.
     Writes nothing, sets no signal handler, and runs in any thread. Raises ValueError.
     """
-    given = checked(SETTINGS, settings, "dataset net data_dir subset validation test_subset weights "
-                    "normalize out resume".split())
+    elsewhere = "dataset net data_dir subset validation test_subset weights normalize out resume"
+    given = checked(SETTINGS, settings, elsewhere.split())
     config = complete(given | dict(dataset="own.npz"))
     device, net = pick_device(device), net.eval()
     logits, = read_network(net, x.shape[1:]).shapes[-1]
@@ -596,7 +593,7 @@ def new_run(config, data, device):
     torch.manual_seed(config["seed"])
     net = new_network(config, LAYERS, read_network)
     if config["weights"]:
-        read_weights(Path(config["weights"]), net)
+        read_weights(config["weights"], net)
     if "taps" in config["relax"]:
         last_part(net, config["split"])                                  # or one line says why not
     config["members"] = members_of_each(net, config)

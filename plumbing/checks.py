@@ -106,6 +106,13 @@ def check_whole(least, **named):
             raise ValueError(f"{name}={n} has to be a whole number >= {least}")
 
 
+def check_choice(known, **named):
+    """Raises ValueError unless each is one of the known names."""
+    for name, value in named.items():
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"{name}={value!r} is none of {', '.join(known)}")
+
+
 def check_number(name, value, most=math.inf):
     """Raises ValueError unless it is a number from 0 to most; NaN is none."""
     if not isinstance(value, numbers.Real) or not 0 <= value <= most:

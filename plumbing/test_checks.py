@@ -87,9 +87,10 @@ MISTAKES = {
     "seed": [-1, 0.5, nan, None, "0", 2 ** 64],
     "timeout": [-1, -1e-9, nan, -inf, "5", [1], some, 1j],
     "tolerance": [0.0, -1, nan, "1e-3", [1]],
+    "slope": ["none", None, 0, ["zero"], torch.zeros(1)],
     "stages": ["box", None, 5, ["boxes"], [1], [None], "crown-ibp", {"box": 1}, [some]],
 }
-OF_EVALUATE = "net", "x", "y", "eps", "batch"
+OF_EVALUATE = "net", "x", "y", "eps", "batch", "slope"
 
 
 def mistake(seed, names):
