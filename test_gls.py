@@ -2570,6 +2570,6 @@ def test_one_step_runs_few_lines_of_the_heart(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "take_step", step)
     assert command(train.main, "--net", "mlp", "--opt", "grad", "--relax", "crown-ibp",
                    "--out", tmp_path / "run", *QUICK, "--ramp", 1) == 0
-    assert len(steps) == 3 and {"relaxations.py", "train.py"} <= {name for name, _ in lines}
-    count = len(lines)
-    assert count <= 327
+    assert len(steps) == 3
+    method = [name for name, _ in lines if name in ("relaxations.py", "train.py", "gls.py")]
+    assert len(method) <= 235 and len(lines) <= 340        # the rest reads and checks what is given
