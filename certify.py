@@ -585,9 +585,9 @@ def main(argv=None):
     data = hold_out(data, config["validation"] if args.validation is None else args.validation)
     shape, classes = list(data.x_test.shape[1:]), data.classes
     if args.weights:
-        made = dict(net=args.net, input_shape=shape, classes=classes, init="default",
-                    statistics=statistics_of(data, config))
-        net = read_weights(path, new_network(made, LAYERS, read_network))
+        config |= dict(input_shape=shape, classes=classes, init="default",
+                       statistics=statistics_of(data, config))
+        net = read_weights(path, new_network(config, LAYERS, read_network))
     elif shape != config["input_shape"] or classes != config["classes"]:
         raise InputError(f"{path} was trained on images {config['input_shape']} of "
                          f"{config['classes']} classes, but {config['dataset']} has "

@@ -797,7 +797,7 @@ def conv_padding(module):
         return None
     if module.padding != "same":
         return (0, 0) if module.padding == "valid" else module.padding
-    span = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
+    span = [d * (k - 1) for d, k in zip(module.dilation, module.weight.shape[2:])]
     return None if any(s % 2 for s in span) else tuple(s // 2 for s in span)
 
 

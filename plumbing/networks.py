@@ -129,8 +129,9 @@ def from_config(config, kinds):
 
 
 def new_network(config, kinds, read):
-    """The same for a new run, which may run a file; config then gets its layers.  read: what tells
-    whether a network can be bounded, relaxations.read_network."""
+    """The same for a new run, which may run a file; config then gets its layers, and the network is
+    built from them, as it will be when the run goes on.  read: what tells whether a network can be
+    bounded, relaxations.read_network."""
     if not is_file(config["net"]):
         return from_config(config, kinds)
     net = from_file(config["net"], config["input_shape"], config["classes"])
@@ -141,7 +142,25 @@ def new_network(config, kinds, read):
     if logits != config["classes"]:
         raise InputError(f"--net {config['net']}: {logits} logits for {config['classes']} classes")
     config["layers"] = description(net, kinds)
+    net = built_again(net, config, kinds)
     return ibp_init(net) if config["init"] == "ibp" else net
+
+
+def built_again(net, config, kinds):
+    """The network that config describes, with the tensors of net, in the order that its classes give
+    them. Raises InputError where it computes something else than net."""
+    shape = config["input_shape"]
+    x = torch.linspace(0, 1, 2 * math.prod(shape)).view(2, *shape)
+    try:
+        twin = from_config(config, kinds)
+        twin.load_state_dict(net.state_dict(), assign=True)
+        same = torch.allclose(twin(x), net(x), equal_nan=True)
+    except (RuntimeError, ValueError):         # other tensors than the settings of its layers say
+        same = False
+    if not same:
+        raise InputError(f"--net {config['net']}: a layer has been changed since it was made, and "
+                         "a run folder could not keep that; make it with its final settings")
+    return twin
 
 
 def from_file(source, input_shape, classes):

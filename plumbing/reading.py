@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 NORMS = nn.BatchNorm1d, nn.BatchNorm2d
 FLOATS = "weight", "bias", "running_mean", "running_var"
 TENSORS = *FLOATS, "num_batches_tracked"
-RUNNING = "forward", "__iter__", "__call__", "_call_impl"       # what an nn.Sequential runs by
+# What an nn.Sequential runs by.
+RUNNING = "forward", "__iter__", "__call__", "_call_impl", "__getattribute__", "__getattr__"
 # What a class may define and still compute what its base does: a constructor, and what is shown.
 HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__constants__",
             "__static_attributes__", "__firstlineno__", "__annotate_func__",
@@ -104,8 +105,11 @@ def unchanged(module):
 
 
 def class_of(module):
-    """Its class before torch.nn.utils.parametrize made another one of it."""
-    return type(module).__bases__[0] if "parametrizations" in module._modules else type(module)
+    """Its class before torch.nn.utils.parametrize made another one of it, by which it runs but for
+    tensors that are computed."""
+    kind = type(module)
+    adds = vars(kind).keys() - HARMLESS - {"__getstate__", "__deepcopy__", *TENSORS}
+    return kind.__bases__[0] if "parametrizations" in module._modules and not adds else kind
 
 
 def kind_of(module, known):
@@ -193,7 +197,10 @@ def shape_after(module, kind, tensors, shape, where):
         hint = "; is nn.Flatten() missing?" if kind is nn.Linear else ""
         raise ValueError(f"{where} cannot read the shape {shape}{hint} "
                          f"({str(e).splitlines()[0]})") from None
-    if [(n, *after[0][1:]) for n in (2, 3)] != [tuple(each) for each in after]:
+    pads = module.padding if isinstance(module, nn.modules.padding._ConstantPadNd) else ()
+    # One that adds an image and crops another one keeps the shape.
+    shifts = any(pads[2 * len(shape):])
+    if shifts or [(n, *after[0][1:]) for n in (2, 3)] != [tuple(each) for each in after]:
         raise ValueError(f"{where} mixes the images of a batch")
     return tuple(after[0][1:])
 

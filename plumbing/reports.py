@@ -1,6 +1,7 @@
 """What certify.py says in the end, and what it knows from other radii."""
 import math
 import sys
+import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,8 @@ def certify_radii(certify, net, config, data, path, args):
         settings["slope"] = slope
     header = dict(run=path.resolve().name, **settings, network=checksum(*net.state_dict().values()),
                   images=checksum(data.x_test, data.y_test))
+    if args.weights and "layers" in config:           # another FILE.py may make the same tensors
+        header["layers"] = zlib.crc32(repr(config["layers"]).encode())
     known, made = {}, "" if args.weights else f" trained by {config['relax']}, {config['opt']}"
     for eps in outside_in(args.eps or [config["eps"]]):
         file = file_of(args, path, eps)
@@ -121,8 +124,9 @@ def certify_radii(certify, net, config, data, path, args):
                            report=lambda v: report(replace(v, index=left[v.index])))
 
         title = f"{path}: {config['net']}{made}; eps {eps:.4g}; {n} test images"
-        known[eps] = write_verdicts(file, header | dict(eps=eps), y.tolist(), certify_some,
-                                    verdict_of, title, batch=args.batch_size)
+        found = write_verdicts(file, header | dict(eps=eps), y.tolist(), certify_some, verdict_of,
+                               title, batch=args.batch_size)
+        known[eps] = {i: v for i, v in found.items() if i < n}       # its file may have more
         if ranks()[0] == 0:
             print("\n".join(summary([known[eps][i] for i in range(n)], settings["stages"])))
     if len(known) > 1 and ranks()[0] == 0:

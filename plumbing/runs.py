@@ -95,7 +95,7 @@ def read_checkpoint(folder, build):
             raise ValueError("other layers, or other types")
         net.load_state_dict(saved["state"], assign=True)
         return net, saved["config"], saved["training"]
-    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as e:
+    except (LookupError, TypeError, RuntimeError, ValueError, AttributeError) as e:
         raise InputError(f"{path}: its weights and its config do not fit "
                          f"({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
 

@@ -30,6 +30,20 @@ def module(shape, classes):
 def tied(shape, classes):
     layer = nn.Linear(64, 64)
     return nn.Sequential(nn.Flatten(), layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(64, classes))
+def reordered(shape, classes):
+    layer = nn.Linear(64, 20)
+    weight = layer.weight
+    del layer.weight
+    layer.weight = weight                        # now after the bias, as remove_weight_norm does it
+    return nn.Sequential(nn.Flatten(), layer, nn.ReLU(), nn.Linear(20, classes))
+def repadded(shape, classes):
+    layer = nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")
+    layer.padding = (0, 0)                       # it pads by a copy that it made before
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(128, classes))
+def resized(shape, classes):
+    layer = nn.Linear(8, 20)
+    layer.weight = nn.Parameter(nn.Linear(64, 20).weight)
+    return nn.Sequential(nn.Flatten(), layer, nn.Linear(20, classes))
 def computed(shape, classes):
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(64, classes))
     return nn.Sequential(nn.Flatten(), layer)
@@ -77,13 +91,13 @@ CIRCLE.append(["0", "Sequential", CIRCLE])
     [["a.b", "ReLU", {}]], [[0, "ReLU", {}]],
     [["0", "Upsample", dict(scale_factor=1e5)]], [["0", "ZeroPad2d", dict(padding=10 ** 9)]],
     [["0", "Upsample", dict(size=(10 ** 30, 4))]], [["0", "Sequential", {"a": 1}]],
-    [["0", "AvgPool2d", dict(kernel_size=0)]],
+    [["0", "AvgPool2d", dict(kernel_size=0)]], [["0", "Flatten", dict(end_dim=9)]],
     [["0", "Linear", dict(in_features=-1, out_features=3)]]])
 def test_what_describes_no_network_is_one_line(layers, tmp_path):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     config = dict(layers=layers, input_shape=[1, 8, 8], classes=10, net="own.py:net")
     save_checkpoint(tmp_path, net, config)
-    with pytest.raises((ValueError, TypeError, KeyError, RuntimeError, AttributeError)):
+    with pytest.raises((ValueError, TypeError, LookupError, RuntimeError, AttributeError)):
         networks.from_description(layers, train.LAYERS, (1, 8, 8))
     with pytest.raises(InputError) as error:
         train.load_run(tmp_path)
@@ -129,13 +143,27 @@ def test_a_network_of_ones_own_trains_goes_on_and_is_certified_without_its_file(
     ("gone.py:net", "no file gone.py"), ("own.py:gone", "no function gone"),
     ("own.py:narrow", "3 logits for 10"), ("own.py:other", "layer 2 (Sigmoid)"),
     ("own.py:module", "returned Linear, not an nn.Sequential"), ("own.py:tied", "share weights"),
-    ("own.py:computed", "layer 1 (ParametrizedLinear)"), ("own", "is none of mlp")])
+    ("own.py:computed", "layer 1 (ParametrizedLinear)"), ("own", "is none of mlp"),
+    ("own.py:repadded", "changed since it was made"), ("own.py:resized", "changed since it was")])
 def test_what_is_no_network_of_ones_own_is_one_line(tmp_path, monkeypatch, capsys, net, words):
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(OWN)
     assert command(train.main, "--net", net, "--out", "run") == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1 and not Path("run").exists()
+
+
+def test_a_run_goes_on_whatever_the_order_in_which_a_network_of_ones_own_made_its_tensors(
+        tmp_path, monkeypatch):
+    """Adam's state and the noise are in the order of the parameters."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    words = RUN.replace(":net", ":reordered").split()
+    assert command(train.main, *words, "--out", "whole") == 0
+    assert command(train.main, *words, "--out", "parts", "--epochs", 1, "--ramp", 1) == 0
+    assert command(train.main, "--resume", "parts", "--epochs", 2) == 0
+    for k, t in weights("whole").items():
+        assert torch.equal(t, weights("parts")[k]), k
 
 
 def test_the_weights_of_a_network_of_ones_own_are_kept_unless_init_is_given(tmp_path, monkeypatch):

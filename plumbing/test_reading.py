@@ -139,6 +139,8 @@ def test_names_of_params_are_those_of_the_state_dict():
     ([nn.Conv2d(1, 2, 7)], "Kernel size can't be greater than actual input size"),
     ([nn.Conv2d(1, 2, 3), nn.Linear(5, 3)], "is nn.Flatten() missing?"),
     ([nn.Flatten(0)], "layer 0 (Flatten) mixes the images of a batch"),
+    ([nn.Flatten(), nn.ZeroPad2d((0, 0, 1, -1)), nn.Linear(16, 3)],     # one image down
+     "layer 1 (ZeroPad2d) mixes the images of a batch"),
     ([nn.Conv2d(1, 2, 3)], "not in logits"),
     ([nn.BatchNorm2d(1).train(), nn.Flatten(), nn.Linear(16, 3)],
      "layer 0 (BatchNorm2d) uses batch statistics"),
@@ -233,6 +235,31 @@ def test_a_subclass_that_may_compute_something_else_is_refused(methods):
     net = nn.Sequential(type("Own", (nn.Flatten,), methods)(), nn.Linear(16, 3))
     with pytest.raises(ValueError, match=r"layer . \(Own\) is a .*Own and is not supported"):
         margin_lower_bounds(net, torch.zeros(1, 1, 4, 4), torch.tensor([0]), 0.1)
+
+
+def test_a_layer_is_computed_by_parametrize_only_if_its_class_is_made_by_it():
+    layer = type("Own", (nn.Linear,), dict(forward=lambda self, h: -h))(16, 3)
+    layer.parametrizations = nn.ModuleDict()
+    with pytest.raises(ValueError, match=r"layer 1 \(Own\) is a .*Own and is not supported"):
+        margin_lower_bounds(nn.Sequential(nn.Flatten(), layer), torch.zeros(1, 1, 4, 4), [0], 0.1)
+
+
+def test_a_sequential_that_shows_other_layers_than_it_runs_is_refused():
+    class Own(nn.Sequential):
+        def __getattribute__(self, name):
+            return {} if name == "_modules" else super().__getattribute__(name)
+    with pytest.raises(ValueError, match="plain torch.nn.Sequential"):
+        margin_lower_bounds(Own(nn.Flatten(), nn.Linear(16, 3)), torch.zeros(1, 1, 4, 4), [0], 0.1)
+
+
+def test_padding_goes_by_the_kernel_that_there_is():
+    """Not by kernel_size, which is not what the layer runs by."""
+    layer = nn.Conv2d(1, 2, 3, padding="same")
+    layer.weight = nn.Parameter(torch.randn(2, 1, 5, 1))
+    net = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(2 * 36, 3)).double()
+    x, y = torch.rand(2, 1, 6, 6).double(), torch.tensor([0, 1])
+    for relax in RELAXATIONS:
+        torch.testing.assert_close(margin_lower_bounds(net, x, y, 0, relax), true_margins(net, x, y))
 
 
 class Mixin(nn.Module):

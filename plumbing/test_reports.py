@@ -105,6 +105,31 @@ def test_weights_from_elsewhere_by_name_or_in_order(run, tmp_path, capsys):
         assert same(ours) == same(single)
 
 
+def test_files_of_verdicts_may_have_different_numbers_of_images(run, capsys):
+    assert command(certify.main, run, "--eps", 0.04) == 0
+    capsys.readouterr()
+    assert command(certify.main, run, "--eps", 0.04, 0.05, "--samples", 3) == 0
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [sum(map(int, line.split()[1:5])) for line in table] == [3, 3]
+
+
+def test_verdicts_on_one_network_are_not_continued_for_another_of_the_same_weights(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("""
+import torch.nn as nn
+layers = lambda: (nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10))
+one = lambda shape, classes: nn.Sequential(*layers())
+two = lambda shape, classes: nn.Sequential(*layers(), nn.ReLU())
+""")
+    torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 20), torch.nn.ReLU(),
+                                   torch.nn.Linear(20, 10)).state_dict(), "w.pt")
+    words = "--weights w.pt --dataset digits --samples 3 --eps 0.01 --net".split()
+    assert [command(certify.main, *words, f"own.py:{name}") for name in ("one", "one")] == [0, 0]
+    assert command(certify.main, *words, "own.py:two") == 2
+    assert "it is of another network" in capsys.readouterr().err
+
+
 def test_weights_that_do_not_fit_and_hostile_files_are_refused(tmp_path, capsys):
     class Hostile:
         def __reduce__(self):

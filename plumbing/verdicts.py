@@ -120,7 +120,7 @@ def differences(there, here):
     a run is called does not."""
     keys = [k for k in {**there, **here} if k != "run" and there.get(k) != here.get(k)]
     words = dict(network="it is of other weights (perhaps the run was trained on since)",
-                 images="it is of other images")
+                 images="it is of other images", layers="it is of another network")
     return ", ".join(words.get(k) or f"{k} is {there.get(k)} there, {here.get(k)} here"
                      for k in keys)
 
