@@ -1157,7 +1157,7 @@ def test_the_slope_reaches_the_loss_and_the_table(relax):
         assert loss(theta).item() == pytest.approx(values[-1])
         skip = dict(skip_stable=True) if relax == "deeppoly" else {}
         m = margin_lower_bounds(net, x, y, 0.1, relax, slope=rule, **skip)
-        certified = train.evaluate(net, x, y, 0.1, slope=rule)[relax]
+        certified = train.evaluate(net, x, y, 0.1, slope=name)[relax]
         m[torch.arange(len(y)), y] = torch.inf
         assert certified.tolist() == (m.amin(1) > 0).tolist()
     assert len({round(v, 6) for v in values}) == 4
