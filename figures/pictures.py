@@ -15,7 +15,7 @@ from plumbing.console import InputError
 from plumbing.data import hold_out, load_dataset
 from plumbing.rounding import in_float64
 from plumbing.runs import LOG, checksum
-from plumbing.verdicts import points_of, unsealed
+from plumbing.verdicts import unsealed
 from relaxations import RELAXATIONS, preactivation_bounds
 
 STATES = {"inactive": "#56b4e9", "unstable": "#d55e00", "active": "#0072b2"}
@@ -120,8 +120,11 @@ def read_attacked(path, data):
     try:
         header, *rows = map(unsealed, path.read_text().splitlines())
         eps, images = float(header["eps"]), header["images"]
-        attacked = [int(r["index"]) for r in rows if "counterexample" in r]
-        points = [np.load(points_of(path) / f"{i}.npy", allow_pickle=False) for i in attacked]
+        rows = [r for r in rows if "counterexample" in r]
+        attacked = [int(r["index"]) for r in rows]
+        folders = [Path(r["counterexample"]).parent.name for r in rows]       # of older runs, too
+        points = [np.load(path.with_name(folder) / f"{i}.npy", allow_pickle=False)
+                  for folder, i in zip(folders, attacked)]
         fits = all(p.shape == data.x_test.shape[1:] for p in points)
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path}, or a counterexample to it, cannot be read ({e})") from None
