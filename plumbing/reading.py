@@ -152,8 +152,8 @@ def check_layer(module, kind, where, known):
     computed = module._modules.get("parametrizations", ())
     if changing or not all(torch.equal(getattr(module, n), getattr(module, n)) for n in computed):
         raise ValueError(f"{where} is another function at each call; call net.eval()")
-    divisor, value = (vars(module).get(name) or 0 for name in ("divisor_override", "value"))
-    if vars(module).get("mode") == "bicubic" or divisor < 0 or value != 0:
+    divisor, value = (getattr(module, name, 0) or 0 for name in ("divisor_override", "value"))
+    if getattr(module, "mode", "") == "bicubic" or divisor < 0 or value != 0:
         raise ValueError(f"{where} has negative coefficients and no weight, or pads with another "
                          "value than 0, which is not supported")
 

@@ -128,7 +128,14 @@ def test_names_of_params_are_those_of_the_state_dict():
         margin_lower_bounds(tied, x, y, 0.1, params=both)
 
 
+def pad_by_a_parameter():
+    layer = nn.ConstantPad2d(1, 0.0)
+    layer.value = nn.Parameter(torch.tensor(-0.5), requires_grad=False)
+    return layer
+
+
 @pytest.mark.parametrize("layers, message", [
+    ([pad_by_a_parameter()], "or pads with another value than 0"),
     ([nn.Flatten(), nn.Sigmoid()], "layer 1 (Sigmoid) is a torch.nn.modules.activation.Sigmoid"),
     ([nn.Sequential(nn.Flatten(), nn.Tanh())], "layer 0.1 (Tanh) is a torch.nn"),
     ([nn.Upsample(scale_factor=2, mode="bicubic")], "layer 0 (Upsample) has negative coefficients"),
