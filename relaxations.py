@@ -794,7 +794,8 @@ def read_op(layer, ops, source):
 
 
 def bias_of(tensors, weight):
-    return tensors["bias"] if "bias" in tensors else weight.new_zeros(weight.shape[:2])
+    bias = tensors["bias"].flatten(1) if "bias" in tensors else weight.new_zeros(())
+    return bias.expand(weight.shape[:2])                       # that of Linear may be one number
 
 
 def conv_padding(module):

@@ -180,7 +180,8 @@ def shape_after(module, kind, tensors, shape, where):
     is not worth the time."""
     if kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
         return (math.prod(shape),)
-    if kind is nn.Linear and shape == tensors["weight"].shape[1:]:
+    plain_bias = "bias" not in tensors or tensors["bias"].dim() == 1         # not one of each image
+    if kind is nn.Linear and shape == tensors["weight"].shape[1:] and plain_bias:
         return tuple(tensors["weight"].shape[:1])
     if kind is nn.Conv2d and len(shape) == 3 and module.padding_mode == "zeros" \
             and shape[0] == module.in_channels and not isinstance(module.padding, str):

@@ -269,6 +269,22 @@ def test_padding_goes_by_the_kernel_that_there_is():
         torch.testing.assert_close(margin_lower_bounds(net, x, y, 0, relax), true_margins(net, x, y))
 
 
+@pytest.mark.parametrize("fast", (True, False))
+def test_a_bias_that_broadcasts_is_read_unless_over_the_batch(fast, monkeypatch):
+    monkeypatch.setattr(relaxations, "FAST", fast)
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)).double()
+    x, y = torch.rand(2, 4).double(), torch.tensor([0, 1])
+    for size in ((1,), (1, 3), (2, 3)):
+        net[0].bias = nn.Parameter(torch.rand(size).double())
+        for relax in RELAXATIONS:
+            if size == (2, 3):
+                with pytest.raises(ValueError, match="layer 0 .Linear. cannot read the shape"):
+                    margin_lower_bounds(net, x, y, 0, relax)
+            else:
+                low = margin_lower_bounds(net, x, y, 0, relax)
+                torch.testing.assert_close(low, true_margins(net, x, y))
+
+
 class Mixin(nn.Module):
     def __call__(self, h):
         return -super().__call__(h)
