@@ -14,6 +14,8 @@ import torch.nn as nn
 from torch.nn.parameter import is_lazy
 
 NORMS = nn.BatchNorm1d, nn.BatchNorm2d
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d
+SIZES = "stride", "padding", "dilation", "output_padding"
 FLOATS = "weight", "bias", "running_mean", "running_var"
 TENSORS = *FLOATS, "num_batches_tracked"
 # What an nn.Sequential runs by.
@@ -147,6 +149,12 @@ def check_layer(module, kind, where, known):
     if kind in NORMS and (module.training or module.running_mean is None):
         raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "
                          "track_running_stats=True), so that it is a fixed affine map")
+    sizes = [vars(module).get(name) for name in SIZES]
+    if issubclass(kind, CONVOLUTIONS) and any(isinstance(each, (tuple, list))
+                                              and len(each) != module.weight.dim() - 2
+                                              for each in sizes):
+        raise ValueError(f"{where} has a stride, padding or dilation such as (2,), which torch.func "
+                         "takes for another than its forward pass; 2 or (2, 2) will do")
     changing = any(m.training and (isinstance(m, nn.modules.dropout._DropoutNd) or m._buffers)
                    for m in module.modules())
     computed = module._modules.get("parametrizations", ())

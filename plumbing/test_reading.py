@@ -136,6 +136,9 @@ def pad_by_a_parameter():
 
 @pytest.mark.parametrize("layers, message", [
     ([pad_by_a_parameter()], "or pads with another value than 0"),
+    ([nn.AvgPool2d(1), nn.Conv2d(1, 2, 3, stride=(2,)), nn.Flatten(), nn.Linear(2, 3)],
+     "layer 1 (Conv2d) has a stride, padding or dilation such as (2,)"),
+    ([nn.ConvTranspose2d(1, 2, 3, padding=(1,))], "layer 0 (ConvTranspose2d) has a stride"),
     ([nn.Flatten(), nn.Sigmoid()], "layer 1 (Sigmoid) is a torch.nn.modules.activation.Sigmoid"),
     ([nn.Sequential(nn.Flatten(), nn.Tanh())], "layer 0.1 (Tanh) is a torch.nn"),
     ([nn.Upsample(scale_factor=2, mode="bicubic")], "layer 0 (Upsample) has negative coefficients"),
