@@ -118,7 +118,7 @@ class Layer(NamedTuple):
         |W| is the layer with |weight| for its weight and 0 for its bias and its mean."""
         to_size = {"weight": torch.abs, "running_var": torch.clone}
         size = {name: to_size.get(name, torch.zeros_like)(t) for name, t in self.tensors.items()}
-        centre = self.forward((lower + upper) / 2)
+        centre = finite(self.forward((lower + upper) / 2))
         radius = self.forward((upper - lower) / 2, size)
         return centre - radius, centre + radius
 
@@ -133,6 +133,12 @@ class Layer(NamedTuple):
         A = A.expand(self.P, *A.shape[1:])
         AW, Ab = vmap(of_member)(self.tensors, A)
         return AW, d + Ab
+
+
+def finite(t):
+    """t, but NaN where sums overflowed, for infinity could be on the wrong side: NaN reaches the
+    margins, and no sample is certified."""
+    return torch.add(t, t.detach(), alpha=0)
 
 
 def adaptive(l, u):
@@ -188,7 +194,7 @@ def lower_bound(A, d, steps):
     steps are a Box, then Layers and Lines."""
     for step in reversed(steps):
         A, d = step.back(A, d)
-    return d
+    return finite(d)
 
 
 def neurons(stages, box, substitute, slope=adaptive, skip_stable=False, bound=lower_bound):
@@ -682,7 +688,7 @@ class Op(NamedTuple):
     def interval(self, lower, upper):
         centre = torch.lerp(lower, upper, 0.5)
         radius = self.apply(upper - centre, self.weight.abs())
-        centre = self.apply(centre, self.weight, self.bias)
+        centre = finite(self.apply(centre, self.weight, self.bias))
         return centre - radius, centre + radius
 
     def back(self, A, d, kernel=None, size=None, padding=None):
@@ -788,7 +794,8 @@ def read_op(layer, ops, source):
 
 
 def bias_of(tensors, weight):
-    return tensors["bias"] if "bias" in tensors else weight.new_zeros(weight.shape[:2])
+    bias = tensors["bias"].flatten(1) if "bias" in tensors else weight.new_zeros(())
+    return bias.expand(weight.shape[:2])                       # that of Linear may be one number
 
 
 def conv_padding(module):
@@ -1184,7 +1191,7 @@ class QuickEngine(Engine):
         A, d = (t.flatten(1, 2) for t in self.rows(W, c, labels))              # (P, L*(K-1), N)
         low = d[:, None] + box.lower @ A.mT + (box.upper - box.lower) @ minus(A).mT
         low = low.unflatten(2, (len(labels), -1))[:, torch.arange(len(y)), which]
-        return self.filled_up(low, y)
+        return self.filled_up(finite(low), y)
 
     def logits(self, like):
         """The logits as functions of what the last stage reads: W (P, K, N) and c (P, K)."""

@@ -622,6 +622,25 @@ def test_an_overflow_inside_gives_no_false_certificate():
         assert not low[0, 1] > 0
 
 
+@pytest.mark.parametrize("fast", (True, False))
+@pytest.mark.parametrize("hidden", (True, False))
+def test_an_overflow_of_a_partial_sum_is_no_bound(hidden, fast, monkeypatch):
+    """In float32, s (x1 + x2 - x3 - x4 - x5) is infinite, with the sign of the first two terms."""
+    monkeypatch.setattr(relaxations, "FAST", fast)
+    s = torch.tensor([3e38, 3e38, -3e38, -3e38, -3e38])
+    net, values = nn.Sequential(nn.Linear(5, 2)), [torch.stack([s, 0 * s]), torch.zeros(2)]
+    if hidden:
+        net = nn.Sequential(nn.Linear(5, 1), nn.ReLU(), nn.Linear(1, 2))
+        values = [-s[None], torch.zeros(1), torch.tensor([[-1e-38], [0.]]), torch.tensor([1., 0.])]
+    for p, v in zip(net.parameters(), values):
+        p.data = v
+    x, y = torch.full((1, 5), .9), torch.tensor([0])
+    assert true_margins(deepcopy(net).double(), x.double(), y)[0, 1] < 0
+    for relax in RELAXATIONS:
+        assert not margin_lower_bounds(net, x, y, .001, relax)[0, 1] > 0
+    assert not train.evaluate(net, x, y, .001)["best"].any()
+
+
 def test_no_bound_depends_on_the_rest_of_the_batch():
     for name in NETS:                # mostly unstable images take another path than stable ones
         net, x, y = make(name, batch=4)

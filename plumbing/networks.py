@@ -147,8 +147,8 @@ def new_network(config, kinds, read):
 
 
 def built_again(net, config, kinds):
-    """The network that config describes, with the tensors of net, in the order that its classes give
-    them. Raises InputError where it computes something else than net."""
+    """The network that config describes, with the tensors of net, in the order of its classes.
+    Raises InputError where it computes something else than net."""
     shape = config["input_shape"]
     x = torch.linspace(0, 1, 2 * math.prod(shape)).view(2, *shape)
     try:

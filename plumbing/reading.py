@@ -14,6 +14,8 @@ import torch.nn as nn
 from torch.nn.parameter import is_lazy
 
 NORMS = nn.BatchNorm1d, nn.BatchNorm2d
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d
+SIZES = "stride", "padding", "dilation", "output_padding"
 FLOATS = "weight", "bias", "running_mean", "running_var"
 TENSORS = *FLOATS, "num_batches_tracked"
 # What an nn.Sequential runs by.
@@ -147,13 +149,19 @@ def check_layer(module, kind, where, known):
     if kind in NORMS and (module.training or module.running_mean is None):
         raise ValueError(f"{where} uses batch statistics; call net.eval() (and keep "
                          "track_running_stats=True), so that it is a fixed affine map")
+    sizes = [vars(module).get(name) for name in SIZES]
+    if issubclass(kind, CONVOLUTIONS) and any(isinstance(each, (tuple, list))
+                                              and len(each) != module.weight.dim() - 2
+                                              for each in sizes):
+        raise ValueError(f"{where} has a stride, padding or dilation such as (2,), which torch.func "
+                         "takes for another than its forward pass; 2 or (2, 2) will do")
     changing = any(m.training and (isinstance(m, nn.modules.dropout._DropoutNd) or m._buffers)
                    for m in module.modules())
     computed = module._modules.get("parametrizations", ())
     if changing or not all(torch.equal(getattr(module, n), getattr(module, n)) for n in computed):
         raise ValueError(f"{where} is another function at each call; call net.eval()")
-    divisor, value = (vars(module).get(name) or 0 for name in ("divisor_override", "value"))
-    if vars(module).get("mode") == "bicubic" or divisor < 0 or value != 0:
+    divisor, value = (getattr(module, name, 0) or 0 for name in ("divisor_override", "value"))
+    if getattr(module, "mode", "") == "bicubic" or divisor < 0 or value != 0:
         raise ValueError(f"{where} has negative coefficients and no weight, or pads with another "
                          "value than 0, which is not supported")
 
@@ -180,7 +188,8 @@ def shape_after(module, kind, tensors, shape, where):
     is not worth the time."""
     if kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
         return (math.prod(shape),)
-    if kind is nn.Linear and shape == tensors["weight"].shape[1:]:
+    plain_bias = "bias" not in tensors or tensors["bias"].dim() == 1         # not one of each image
+    if kind is nn.Linear and shape == tensors["weight"].shape[1:] and plain_bias:
         return tuple(tensors["weight"].shape[:1])
     if kind is nn.Conv2d and len(shape) == 3 and module.padding_mode == "zeros" \
             and shape[0] == module.in_channels and not isinstance(module.padding, str):

@@ -41,7 +41,8 @@ def unit_of(net):
     """
     weights = [m.weight for m in net.modules() if getattr(m, "weight", None) is not None]
     largest = weights[-1].abs().max().item() if weights else 1.0
-    return 2.0 ** round(math.log2(largest)) if 0 < largest < math.inf else 1.0
+    power = round(math.log2(largest)) if 0 < largest < math.inf else 0
+    return 2.0 ** min(max(power, -126), 126)               # it and its inverse are float32 numbers
 
 
 def check_finite(value, norm, where, explain):

@@ -185,6 +185,7 @@ def lengthen(folder, net, saved, config, training):
         raise InputError(f"--epochs {config['epochs']}: {folder} has {saved['epochs']} already; "
                          "a run can only become longer")
     if config["epochs"] > saved["epochs"] and ranks()[0] == 0:
+        (run_folder(folder) / "evaluation.json").unlink(missing_ok=True)       # of the shorter run
         longer = saved | dict(epochs=config["epochs"])
         save_checkpoint(folder, net, longer, training)
         write_config(folder, longer)

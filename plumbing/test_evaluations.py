@@ -49,6 +49,16 @@ def test_runs_that_cannot_be_compared(tmp_path, monkeypatch, capsys):
     assert "leave out --lr" in capsys.readouterr().err
 
 
+def test_a_longer_run_is_not_compared_by_what_it_came_to_before(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(train.main, "--net", "mlp", *QUICK, "--out", "run") == 0
+    with monkeypatch.context() as m:                                 # killed before its first step
+        m.setattr(train, "train", lambda *args, **options: exit(9))
+        assert command(train.main, "--resume", "run", "--epochs", 50) == 9
+    assert command(train.main, "--compare", "run") == 2
+    assert "python train.py --resume run writes it" in capsys.readouterr().err
+
+
 def test_code_outside_of_git_is_named_by_its_checksum(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluations, "ROOT", tmp_path)
     (tmp_path / "train.py").write_text("x")

@@ -128,7 +128,17 @@ def test_names_of_params_are_those_of_the_state_dict():
         margin_lower_bounds(tied, x, y, 0.1, params=both)
 
 
+def pad_by_a_parameter():
+    layer = nn.ConstantPad2d(1, 0.0)
+    layer.value = nn.Parameter(torch.tensor(-0.5), requires_grad=False)
+    return layer
+
+
 @pytest.mark.parametrize("layers, message", [
+    ([pad_by_a_parameter()], "or pads with another value than 0"),
+    ([nn.AvgPool2d(1), nn.Conv2d(1, 2, 3, stride=(2,)), nn.Flatten(), nn.Linear(2, 3)],
+     "layer 1 (Conv2d) has a stride, padding or dilation such as (2,)"),
+    ([nn.ConvTranspose2d(1, 2, 3, padding=(1,))], "layer 0 (ConvTranspose2d) has a stride"),
     ([nn.Flatten(), nn.Sigmoid()], "layer 1 (Sigmoid) is a torch.nn.modules.activation.Sigmoid"),
     ([nn.Sequential(nn.Flatten(), nn.Tanh())], "layer 0.1 (Tanh) is a torch.nn"),
     ([nn.Upsample(scale_factor=2, mode="bicubic")], "layer 0 (Upsample) has negative coefficients"),
@@ -259,7 +269,24 @@ def test_padding_goes_by_the_kernel_that_there_is():
     net = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(2 * 36, 3)).double()
     x, y = torch.rand(2, 1, 6, 6).double(), torch.tensor([0, 1])
     for relax in RELAXATIONS:
-        torch.testing.assert_close(margin_lower_bounds(net, x, y, 0, relax), true_margins(net, x, y))
+        low = margin_lower_bounds(net, x, y, 0, relax)
+        torch.testing.assert_close(low, true_margins(net, x, y))
+
+
+@pytest.mark.parametrize("fast", (True, False))
+def test_a_bias_that_broadcasts_is_read_unless_over_the_batch(fast, monkeypatch):
+    monkeypatch.setattr(relaxations, "FAST", fast)
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)).double()
+    x, y = torch.rand(2, 4).double(), torch.tensor([0, 1])
+    for size in ((1,), (1, 3), (2, 3)):
+        net[0].bias = nn.Parameter(torch.rand(size).double())
+        for relax in RELAXATIONS:
+            if size == (2, 3):
+                with pytest.raises(ValueError, match="layer 0 .Linear. cannot read the shape"):
+                    margin_lower_bounds(net, x, y, 0, relax)
+            else:
+                low = margin_lower_bounds(net, x, y, 0, relax)
+                torch.testing.assert_close(low, true_margins(net, x, y))
 
 
 class Mixin(nn.Module):

@@ -153,6 +153,21 @@ def test_weights_that_do_not_fit_and_hostile_files_are_refused(tmp_path, capsys)
         assert capsys.readouterr().err.startswith("certify.py: error: argument --")
 
 
+def test_the_order_of_the_tensors_counts_only_where_their_names_say_nothing(tmp_path):
+    """Those of BatchNorm have one shape."""
+    net, other = (train.build_network("cnn7-bn", (1, 8, 8), 10) for _ in "ab")
+    for t in net.state_dict().values():
+        t.normal_() if t.is_floating_point() else t
+    there = {k: t for k, t in sorted(net.state_dict().items()) if "num_batches" not in k}
+    torch.save(there, tmp_path / "sorted.pt")
+    again = read_weights(tmp_path / "sorted.pt", other).state_dict()
+    assert all(torch.equal(t, again[k]) for k, t in there.items())
+    only = [k for k in there if k.startswith("1.")]
+    torch.save({f"a.{k}": there[k] for k in only}, tmp_path / "swapped.pt")
+    with pytest.raises(InputError, match="a.1.bias stands where the network has 0.weight"):
+        read_weights(tmp_path / "swapped.pt", torch.nn.Sequential(torch.nn.BatchNorm2d(64)))
+
+
 def test_fuzzed_weights(tmp_path):
     good, path = train.build_network("mlp", (1, 4, 4), 3), tmp_path / "weights.pt"
     torch.save(good.state_dict(), path)

@@ -12,11 +12,18 @@ def read_weights(path, net):
     by its names; or, where these are others, in the order in which they stand, if all shapes fit.
     Raises InputError."""
     found, own = _tensors(path), net.state_dict()
-    if found.keys() != own.keys():
-        ours, theirs = (_sized(tensors) for tensors in (own, found))
+    ours, theirs = (_sized(tensors) for tensors in (own, found))
+    if ours.keys() == theirs.keys():
+        found = {name: found.get(name, t) for name, t in own.items()}
+    else:
         if len(ours) != len(theirs):
             raise InputError(f"{path} has {len(theirs)} tensors, {', '.join(theirs)}; the network "
                              f"needs {len(ours)}, {', '.join(ours)}: choose another --net")
+        kinds = set(map(_kind, ours))
+        for name, other in zip(ours, theirs):                  # shapes alone may fit any order
+            if _kind(other) in kinds - {_kind(name)}:
+                raise InputError(f"{path}: {other} stands where the network has {name}; give the "
+                                 "tensors their names or their order")
         found = own | dict(zip(ours, theirs.values()))
     for name, t in found.items():
         if t.shape != own[name].shape:
@@ -24,6 +31,11 @@ def read_weights(path, net):
                              f"{tuple(t.shape)}; choose another --net or --dataset")
     net.load_state_dict(found)
     return net
+
+
+def _kind(name):
+    """weight, bias, running_mean, ..."""
+    return name.rpartition(".")[2]
 
 
 def _sized(tensors):
