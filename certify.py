@@ -31,8 +31,8 @@ Guarantee: "certified" holds for every point of the ball, up to rounding in floa
 bound that counts is computed; float32 only steers the search. "attacked" comes with a
 counterexample in the ball (exactly, as float32 numbers), misclassified by a float64 forward pass.
 "unknown" is neither. Each sample is attacked once before it is bounded, and bounded up to DeepPoly
-though attacked: one that comes out certified proves a bound wrong. benchmarks/self_check.py tries to
-contradict bounds and verdicts on random networks.
+though attacked: one that comes out certified proves a bound wrong. benchmarks/self_check.py tries
+to contradict bounds and verdicts on random networks.
 
 A positive factor of the logits changes no verdict. Nor does it change the search, for constants
 that are compared with margins count in a unit of the network's own: see unit_of.
@@ -139,18 +139,18 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     limit, so that branch and bound settles every sample in the end, but for margins that rounding
     hides).  stages: any of STAGES.  steps, restarts: of the attack; restarts=None is one for each
     class, 0 leaves it out; those towards classes that bounds rule out are left out, and the attack
-    takes at most a quarter of the time.  batch: samples bounded at once.
-    tolerance: go on until the smallest margin over the ball is known to so much, in float64:
-    bound <= margin <= bound + tolerance (None: until its sign is known). Misclassified samples are
-    left out of that.  slope: of DeepPoly's lower lines, a name of relaxations.SLOPES.
-    report(verdict) is called for each sample as soon as it is settled.
+    takes at most a quarter of the time.  batch: samples bounded at once.  tolerance: go on until
+    the smallest margin over the ball is known to so much, in float64: bound <= margin <= bound +
+    tolerance (None: until its sign is known); misclassified samples are left out of that.  slope:
+    of DeepPoly's lower lines, a name of SLOPES.  report(verdict): called as soon as one is settled.
 
     Raises ContradictionError if a sample is certified and attacked, and before the first stage
     ValueError for bad arguments and for networks that relaxations.py does not support.
     """
     timeout = math.inf if timeout is None else timeout
     tolerance = math.inf if tolerance is None else tolerance
-    check_settings(STAGES, stages, timeout, tolerance, batch, steps, restarts, seed)
+    check_settings(STAGES, stages, SLOPES, slope, timeout=timeout, tolerance=tolerance, batch=batch,
+                   steps=steps, restarts=restarts, seed=seed)
     y = check_problem(net, x, y, eps, margin_lower_bounds, preactivation_bounds)
     if not len(x):
         return []

@@ -10,8 +10,7 @@
 A step (take_step): bounds of the margins over a ball around each image (relaxations.py), the
 cross-entropy on them, and an estimate of its gradient, smoothed or not (gls.py), for Adam. What
 makes networks, reads data, attacks images and keeps run folders (config.json, log.csv,
-checkpoint.pt) is in plumbing/. Shape letters as in relaxations.py.  Expected from the first command
-on 2 CPU cores: see README.md.
+checkpoint.pt) is in plumbing/. Shape letters as in relaxations.py; what to expect: README.md.
 """
 import math
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 
 import gls
 from plumbing.attack import attack, forward_margin, margins_of, smallest, worst_points
-from plumbing.checks import check_problem, check_whole
+from plumbing.checks import check_images, check_problem, check_whole
 from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
                               not_negative, parser_of, pick_device, positive, positive_unit,
                               refuse_others, run, show_training, table, unit, warn_without_effect,
@@ -90,11 +89,9 @@ SETTINGS = {
     "parts": Setting(1, count(1), "rgs, pgpe: parts of a minibatch; a sample, or pair, sees one"),
     "sigma_adapt": Setting("fixed", ("fixed", "scalar", "parameter"),
                            "pgpe: follow the gradient of sigma too, one for all or one each"),
-    "sigma_lr": Setting(0.1, not_negative,
-                        "scalar, parameter: step size of sigma (--sigma-adapt)",
+    "sigma_lr": Setting(0.1, not_negative, "scalar, parameter: step size of sigma (--sigma-adapt)",
                         "pgpelib's default"),
-    "members": Setting(None, count(1), "rgs, pgpe: parameter vectors run at once; default: by "
-                       "their size"),
+    "members": Setting(None, count(1), "rgs, pgpe: parameter vectors at once; default: by size"),
     "loss": Setting("cross-entropy", ("cross-entropy", "certified-error"),
                     "certified-error: the fraction not certified, gradient 0; for pgpe only"),
     "beta": Setting(1.0, unit, "crown-ibp: its weight against box at full eps, 1 at eps 0",
@@ -566,10 +563,13 @@ def fit(net, x, y, device="auto", show=None, **settings):
     others are those of --dataset PATH.npz.  show(line) is called once a step.
     Writes nothing, sets no signal handler, and runs in any thread. Raises ValueError.
     """
-    given = checked(SETTINGS, settings, "dataset net data_dir subset validation test_subset weights "
-                    "normalize out resume".split())
+    given = checked(SETTINGS, settings, "dataset net data_dir subset validation test_subset "
+                    "weights normalize out resume".split())
     config = complete(given | dict(dataset="own.npz"))
     device, net = pick_device(device), net.eval()
+    check_images(x)
+    y = check_problem(net.to(x.device), x, y, config["eps"], margin_lower_bounds,
+                      preactivation_bounds)
     logits, = read_network(net, x.shape[1:]).shapes[-1]
     config |= dict(input_shape=list(x.shape[1:]), classes=logits, device=str(device))
     if settings.get("init") == "ibp":
