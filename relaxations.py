@@ -344,8 +344,8 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
         [0, 1]. "alpha-crown" starts from it.
     intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
     memory: a budget in bytes for the passes (None: see plumbing/memory.py): how many rows go down
-        at once, and how many passes are kept for backward. The least pass goes down whatever it takes, and
-        alpha-CROWN may take twice the budget.
+        at once, and how many passes are kept for backward. The least pass goes down whatever it
+        takes, and alpha-CROWN may take twice the budget.
 
     Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
     """
