@@ -2332,7 +2332,7 @@ def test_a_layer_that_bounds_and_forward_pass_take_for_two_is_named(wrong, monke
     forward = nn.Linear.forward
 
     def changed(self, z):
-        bounded = not isinstance(self.weight, nn.Parameter)            # by relaxations.plain
+        bounded = not isinstance(self.weight, nn.Parameter)            # by reading.plain
         same = self.weight.shape == marked.shape and torch.equal(self.weight.double(), marked)
         return forward(self, z) + 0.1 * (same and not bounded) * torch.arange(len(self.bias))
 
