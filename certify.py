@@ -50,7 +50,7 @@ import torch
 from torch.func import jacrev
 
 from plumbing.attack import descend, forward_margin, margins_of, restarts_of, smallest
-from plumbing.checks import check_choice, check_problem, check_settings
+from plumbing.checks import check_problem, check_settings
 from plumbing.console import InputError, defaults, pick_device, run, warn
 from plumbing.data import dataset_kind, hold_out, statistics_of
 from plumbing.linear_program import linear_program
@@ -146,8 +146,8 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     ValueError for bad arguments and for networks that relaxations.py does not support.
     """
     timeout, tolerance = (math.inf if t is None else t for t in (timeout, tolerance))
-    check_settings(STAGES, stages, timeout, tolerance, batch, steps, restarts, seed)
-    check_choice(SLOPES, slope=slope)
+    check_settings(STAGES, stages, SLOPES, slope, timeout=timeout, tolerance=tolerance, batch=batch,
+                   steps=steps, restarts=restarts, seed=seed)
     y = check_problem(net, x, y, eps, margin_lower_bounds, preactivation_bounds)
     if not len(x):
         return []

@@ -411,7 +411,7 @@ class Engine(NamedTuple):
         """The bounds of the margins, (P, B, K)."""
         eye = torch.eye(self.K).to(box.lower)
         bound = partial(best_slopes, ascent=ask.ascent)
-        rows = (eye[y][:, None] - eye)[None]
+        rows = (eye[y][:, None] - eye).expand(self.P, -1, -1, -1)
         return margins(self.stages, rows, bounds, box, ask.relax, ask.slope, bound)
 
 

@@ -10,8 +10,7 @@
 A step (take_step): bounds of the margins over a ball around each image (relaxations.py), the
 cross-entropy on them, and an estimate of its gradient, smoothed or not (gls.py), for Adam. What
 makes networks, reads data, attacks images and keeps run folders (config.json, log.csv,
-checkpoint.pt) is in plumbing/. Shape letters as in relaxations.py.  Expected from the first command
-on 2 CPU cores: see README.md.
+checkpoint.pt) is in plumbing/. Shape letters as in relaxations.py; what to expect: README.md.
 """
 import math
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 
 import gls
 from plumbing.attack import attack, forward_margin, margins_of, smallest, worst_points
-from plumbing.checks import check_choice, check_problem, check_whole
+from plumbing.checks import check_choice, check_images, check_problem, check_whole
 from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
                               not_negative, parser_of, pick_device, positive, positive_unit,
                               refuse_others, run, show_training, table, unit, warn_without_effect,
@@ -72,8 +71,7 @@ SETTINGS = {
                     "epochs in which eps grows; scaled with --epochs", "Shi; digits here"),
     "milestones": Setting(by_data([15, 18], [50, 60], [120, 140], [50, 60]), [count(0)],
                           "epochs after which lr decays; scaled with --epochs", "Shi; digits here"),
-    "batch_size": Setting(by_data(64, 256, 128, 128), count(1), "images in a step",
-                          "Shi; digits here"),
+    "batch_size": Setting(by_data(64, 256, 128, 128), count(1), "images in a step", "Shi; here"),
     "lr": Setting(by_data(2e-3, 5e-4, 5e-4, 5e-4), positive, "learning rate of Adam",
                   "Shi; digits here"),
     "lr_decay": Setting(0.2, positive_unit, "factor of lr at a milestone", "Shi"),
@@ -90,8 +88,7 @@ SETTINGS = {
                            "pgpe: follow the gradient of sigma too, one for all or one each"),
     "sigma_lr": Setting(0.1, not_negative, "scalar, parameter: step size of sigma (--sigma-adapt)",
                         "pgpelib's default"),
-    "members": Setting(None, count(1), "rgs, pgpe: parameter vectors run at once; default: by "
-                       "their size"),
+    "members": Setting(None, count(1), "rgs, pgpe: parameter vectors at once; default: by size"),
     "loss": Setting("cross-entropy", ("cross-entropy", "certified-error"),
                     "certified-error: the fraction not certified, gradient 0; for pgpe only"),
     "beta": Setting(1.0, unit, "crown-ibp: its weight against box at full eps, 1 at eps 0",
@@ -567,6 +564,9 @@ def fit(net, x, y, device="auto", show=None, **settings):
     given = checked(SETTINGS, settings, elsewhere.split())
     config = complete(given | dict(dataset="own.npz"))
     device, net = pick_device(device), net.eval()
+    check_images(x)
+    y = check_problem(net.to(x.device), x, y, config["eps"], margin_lower_bounds,
+                      preactivation_bounds)
     logits, = read_network(net, x.shape[1:]).shapes[-1]
     config |= dict(input_shape=list(x.shape[1:]), classes=logits, device=str(device))
     if settings.get("init") == "ibp":

@@ -5,7 +5,7 @@
 targets     a DeepPoly bound with its gradient, and a step of PGPE, against the times aimed at on an
             H100 or H200
 population  the losses of P = 1 to 1,024 perturbed networks, so many at once
-passes      DeepPoly with other values of relaxations.CHUNK and of memory=
+passes      DeepPoly with other values of plumbing.memory.CHUNK and of memory=
 
 Each row is printed and written as soon as it is measured; what does not fit says so. --tiny does
 the same with the digits and small numbers, on a CPU in seconds.
@@ -23,6 +23,7 @@ import gls
 import population
 import relaxations
 from plumbing.console import keep_memory
+from plumbing.memory import CHUNK, default_memory
 
 RELAXED = "box", "crown-ibp", "deeppoly"
 
@@ -73,12 +74,12 @@ def passes(args):
     kind = torch.device(args.device).type
     for case in ("digits",) if args.tiny else ("cnn3-256", "cnn5"):
         net, x, y, eps = bounds.problem(case, "init", args.data_dir, args.device)
-        most = relaxations.default_memory(x.device)
+        most = default_memory(x.device)
         sizes = [(2 ** k, most) for k in ((21, 23) if args.tiny else (21, 23, 25, 27, 29))]
-        sizes += [(relaxations.CHUNK[kind], most // n) for n in (8, 64, 512)]
+        sizes += [(CHUNK[kind], most // n) for n in (8, 64, 512)]
         for chunk, memory in sizes:
             def call():
-                with mock.patch.dict(relaxations.CHUNK, {kind: chunk}):
+                with mock.patch.dict(CHUNK, {kind: chunk}):
                     low = relaxations.margin_lower_bounds(net, x, y, eps, "deeppoly", memory=memory)
                     torch.logsumexp(-low, -1).mean().backward()
             yield dict(row="deeppoly", case=case, CHUNK=chunk, memory=memory), call

@@ -30,7 +30,8 @@ def read_log(folder):
         rows = list(csv.DictReader(path.read_text().splitlines()))
         columns = {name: np.array([float(row[name]) for row in rows]) for name in LOG}
     except OSError:
-        raise InputError(f"{path} is not there: the run has not finished an epoch") from None
+        why = "the run has not finished an epoch" if path.parent.is_dir() else "no such folder"
+        raise InputError(f"{path} is not there: {why}") from None
     except (KeyError, TypeError, ValueError, csv.Error):
         raise InputError(f"{path} is damaged, or of another version of train.py") from None
     if not rows:

@@ -34,7 +34,7 @@ CLAIMS = [  # (relax, opt) against (relax, opt)
 
 
 def table_cells(name):
-    """{method: its cells with the tuned settings, one for each seed}. TABLE/FILE: of another file."""
+    """{method: its cells with the tuned settings, one of each seed}. TABLE/FILE: of another file."""
     name, _, file = name.partition("/")
     best = experiments.tuned(name)
     cells = [c for c in experiments.read(file or name) if "failed" not in c]

@@ -1,8 +1,8 @@
 """One message for one mistake: what images, labels, radii and other arguments have to be.
 
-certify.certify and train.evaluate ask check_problem before they compute anything, so that what is
-refused is refused at once, whatever the images turn out to be. It asks the bounds, whose words are
-the same everywhere; those for networks are in reading.py.
+certify.certify, train.evaluate and train.fit ask check_problem before they compute anything, so
+that what is refused is refused at once, whatever the images turn out to be. It asks the bounds,
+whose words are the same everywhere; those for networks are in reading.py.
 """
 import math
 import numbers
@@ -119,7 +119,8 @@ def check_number(name, value, most=math.inf):
         raise ValueError(f"{name}={value} has to be a number >= 0")
 
 
-def check_settings(known, stages, timeout, tolerance, batch, steps, restarts, seed):
+def check_settings(known, stages, slopes, slope, *, timeout, tolerance, batch, steps, restarts,
+                   seed):
     """Raises ValueError for settings that make no sense."""
     check_number("timeout", timeout)
     check_number("tolerance", tolerance)
@@ -127,6 +128,7 @@ def check_settings(known, stages, timeout, tolerance, batch, steps, restarts, se
     check_whole(0, steps=steps, seed=seed, restarts=0 if restarts is None else restarts)
     if not isinstance(stages, (list, tuple)) or not set(map(str, stages)) <= set(known):
         raise ValueError(f"stages={stages} has to be a list of {', '.join(known)}")
+    check_choice(slopes, slope=slope)
     if tolerance == 0:
         raise ValueError("tolerance=0 cannot be reached in floating point; 1e-6 can")
 

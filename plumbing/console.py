@@ -17,7 +17,6 @@ class InputError(ValueError, argparse.ArgumentTypeError):
     """Something the user gave cannot be used; the message names it and the mend. (The second base
     class makes argparse show it as it is, after the name of the option.)"""
 
-
     @classmethod
     def raised(cls, message):
         raise cls(message)
@@ -272,9 +271,10 @@ def header(config, data, net):
 def show_training(rows, config, show):
     """The end of the log in one line, and a warning if nothing was learnt."""
     last, classes = rows[-1], config["classes"]
+    epochs = f"{len(rows)} epoch" + "s" * (len(rows) != 1)
     power = 2 if "taps" in config.get("relax", "") else 1     # its loss is a product of two
     guessing = math.log(classes) ** power
-    show.done(f"trained {len(rows)} epochs in {duration(last['seconds'])}: loss "
+    show.done(f"trained {epochs} in {duration(last['seconds'])}: loss "
               f"{last['loss']:.4f}, {100 * last['certified']:.1f} % certified in training")
     if config["ramp"] < config["epochs"] and last["loss"] > 0.98 * guessing:
         more = last["loss"] / guessing - 1

@@ -178,7 +178,7 @@ def plain(module, kind, tensors):
     heart sets other tensors in it, for which the network, used by other threads, is no place."""
     copy, settings = kind.__new__(kind), vars(module).keys() - {*TENSORS}
     vars(copy).update((name, vars(module)[name]) for name in settings)
-    nn.Module.__init__(copy)               # no hooks: one for backward passes would change the heart
+    nn.Module.__init__(copy)               # no hooks: those of backward would change the heart
     vars(copy).update(_parameters=module._parameters | tensors, training=False)
     return copy
 

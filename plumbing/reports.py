@@ -37,7 +37,8 @@ def summary(verdicts, stages):
         lines.append(line(f"certified up to {stage}", total))
     spent = sum((Counter(v.seconds_by_stage) for v in verdicts), Counter())
     seconds = [f"{stage} {spent[stage]:.1f}" for stage in ("attack", *stages) if stage in spent]
-    lines.append("  seconds: " + ", ".join(seconds))
+    if seconds:                             # none where all is known from other radii
+        lines.append("  seconds: " + ", ".join(seconds))
     total = " + ".join(f"{counts[status]} {status}" for status in STATUSES)
     lines.append(f"  {total} = {n} samples, {sum(v.seconds for v in verdicts):.1f} s")
     return lines
@@ -171,13 +172,17 @@ def parse_args(argv, stages, settings):
                    help="seconds for each image; default: 30")
     p.add_argument("--slope", choices=settings["slope"].limits,
                    help=settings["slope"].meaning + "; default: the run's, or adaptive")
-    p.add_argument("--steps", type=count(1), default=40, help="of each descent of the attack")
+    p.add_argument("--steps", type=count(1), default=40,
+                   help="of each descent of the attack; default: 40")
     p.add_argument("--restarts", type=count(0),
                    help="descents of the attack; 0: no attack; default: one for each class")
-    p.add_argument("--batch-size", type=count(1), default=100)
-    p.add_argument("--seed", type=count(0), default=0)
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    p.add_argument("--data-dir", help="default: that of the run")
+    p.add_argument("--batch-size", type=count(1), default=100,
+                   help="images bounded at once; default: 100")
+    p.add_argument("--seed", type=count(0), default=0, help="of the attack; default: 0")
+    p.add_argument("--device", choices=settings["device"].limits, default="auto",
+                   help=settings["device"].meaning + "; default: auto")
+    p.add_argument("--data-dir", help=settings["data_dir"].meaning + "; default: that of the run, "
+                   "or data")
     p.add_argument("--out", help="JSON lines, one verdict each; default: certify-epsEPS.jsonl in "
                    "the run folder, or beside FILE")
     args = p.parse_args(argv)

@@ -370,9 +370,9 @@ def recording(folder, net, config, now, n, show, left, **generators):
     net, now (see at_start) and generators, which are the optimiser and the generators, are what is
     saved in folder, if there is one: after each epoch over n images, every SAVE_EVERY seconds, and
     before it stops. That is once a signal has asked any of many processes to, and by raising
-    Interrupted in all; the first of them saves. left: see time_left; it is none of the training. epoch and
-    step count from 0; numbers: (3,), the loss, the certified fraction and the gradient norm of so
-    many images.
+    Interrupted in all; the first of them saves. left: see time_left; it is none of the training.
+    epoch and step count from 0; numbers: (3,), the loss, the certified fraction and the gradient
+    norm of so many images.
     """
     size, begun, saved = config["batch_size"], time.time() - now["seconds"], time.time()
     steps, how = -(-n // size), f"python train.py --resume {folder}"

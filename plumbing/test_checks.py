@@ -87,7 +87,7 @@ MISTAKES = {
     "seed": [-1, 0.5, nan, None, "0", 2 ** 64],
     "timeout": [-1, -1e-9, nan, -inf, "5", [1], some, 1j],
     "tolerance": [0.0, -1, nan, "1e-3", [1]],
-    "slope": ["none", None, 0, ["zero"], torch.zeros(1)],
+    "slope": ["none", "", None, 0.5, ["zero"], some, {}],
     "stages": ["box", None, 5, ["boxes"], [1], [None], "crown-ibp", {"box": 1}, [some]],
 }
 OF_EVALUATE = "net", "x", "y", "eps", "batch", "slope"
@@ -122,6 +122,14 @@ def test_random_mistakes_are_refused_in_under_a_second(part):
         else:
             raise AssertionError(f"{wrong} were accepted")
         assert time.process_time() - begun < 1, wrong
+
+
+def test_a_slope_that_is_none_is_refused_whatever_the_images_turn_out_to_be():
+    """Wrong images are not bounded, so that no bound would see the slope."""
+    given = right()
+    given["y"] = (given["y"] + 1) % 4
+    with pytest.raises(ValueError, match="slope='ibp' has to be one of adaptive, zero"):
+        certify.certify(**given, slope="ibp")
 
 
 def words_of(call, name, change):

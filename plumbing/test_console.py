@@ -129,3 +129,10 @@ def test_a_line_that_stays_is_shown_again(capsys):
         console.time.sleep(3.6)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "attacking" and any(line.startswith("attacking  (") for line in lines)
+
+
+def test_the_page_of_this_folder_names_each_of_its_modules():
+    folder = Path(console.__file__).parent
+    page = (folder / "README.md").read_text()
+    modules = [p.name for p in folder.glob("*.py") if not p.name.startswith(("test_", "__"))]
+    assert [name for name in modules if f"]({name})" not in page] == []

@@ -239,6 +239,26 @@ def test_fit_refuses_what_is_no_setting(settings, words):
         train.fit(net, torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long), **settings)
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda x, y: (x.numpy(), y), "x has to be a tensor of images"),
+    (lambda x, y: (x.double(), y), "all float32 or all float64"),
+    (lambda x, y: (x * 255, y), r"values outside \[0, 1\]"),
+    (lambda x, y: (x, y[:-1]), "y has to hold 4 integer labels"),
+    (lambda x, y: (x, torch.cat([y, y])), "y has to hold 4 integer labels"),
+    (lambda x, y: (x, y + 10), "y has labels outside 0..9")])
+def test_fit_refuses_images_and_labels_in_the_words_of_the_bounds(change, words):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    x, y = change(torch.rand(4, 1, 8, 8) / 2 + 0.1, torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match=words):
+        train.fit(net, x, y, "cpu", lambda line: None, opt="grad", relax="box", epochs=1)
+
+
+def test_fit_takes_labels_in_a_list():
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.rand(4, 1, 8, 8)
+    settings = dict(opt="grad", relax="box", epochs=1, batch_size=2)
+    assert len(train.fit(net, x, [3, 1, 0, 9], "cpu", lambda line: None, **settings)) == 1
+
+
 def test_ctbench_names_its_layers_as_cnn7_bn_behind_a_normalisation():
     """Names and sizes of a state_dict of CTBench's cnn_7layer_bn, but for its "layers."."""
     net = train.build_network("cnn7-bn", (3, 8, 8), 10, statistics=([0.5] * 3, [0.2] * 3))
