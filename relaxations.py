@@ -81,7 +81,7 @@ from torch.func import functional_call, vjp, vmap
 from plumbing.checks import (as_labels, as_radii, check_bounds, check_images, check_numbers,
                              check_whole)
 from plumbing.memory import Budget
-from plumbing.precision import full_precision
+from plumbing.precision import finite, full_precision
 from plumbing.reading import read_layers
 
 # A bound computed with 10-bit mantissas is no bound; cuDNN would use them on convolutions.
@@ -133,12 +133,6 @@ class Layer(NamedTuple):
         A = A.expand(self.P, *A.shape[1:])
         AW, Ab = vmap(of_member)(self.tensors, A)
         return AW, d + Ab
-
-
-def finite(t):
-    """t, but NaN where sums overflowed, for infinity could be on the wrong side: NaN reaches the
-    margins, and no sample is certified."""
-    return torch.add(t, t.detach(), alpha=0)
 
 
 def adaptive(l, u):
@@ -411,7 +405,7 @@ class Engine(NamedTuple):
         """The bounds of the margins, (P, B, K)."""
         eye = torch.eye(self.K).to(box.lower)
         bound = partial(best_slopes, ascent=ask.ascent)
-        rows = (eye[y][:, None] - eye).expand(self.P, -1, -1, -1)
+        rows = (eye[y][:, None] - eye).expand(self.P, -1, -1, -1)    # slopes are of each member
         return margins(self.stages, rows, bounds, box, ask.relax, ask.slope, bound)
 
 

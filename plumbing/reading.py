@@ -23,7 +23,7 @@ RUNNING = "forward", "__iter__", "__call__", "_call_impl", "__getattribute__", "
 # What a class may define and still compute what its base does: a constructor, and what is shown.
 HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__constants__",
             "__static_attributes__", "__firstlineno__", "__annotate_func__",
-            "__annotations_cache__", "__repr__", "extra_repr"}
+            "__annotations_cache__", "__repr__", "extra_repr", "__slotnames__"}   # by copying
 
 
 class Entry(NamedTuple):

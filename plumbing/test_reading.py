@@ -290,6 +290,12 @@ def test_a_bias_that_broadcasts_is_read_unless_over_the_batch(fast, monkeypatch)
                 torch.testing.assert_close(low, true_margins(net, x, y))
 
 
+def test_a_copy_of_a_subclass_is_read_too():
+    """Copying an object leaves __slotnames__ in its class."""
+    own = type("Own", (nn.Linear,), {})(4, 3)
+    margin_lower_bounds(nn.Sequential(deepcopy(own)), torch.zeros(1, 4), [0], 0.1)
+
+
 class Mixin(nn.Module):
     def __call__(self, h):
         return -super().__call__(h)
