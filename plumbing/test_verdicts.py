@@ -78,7 +78,9 @@ def test_verdicts_of_other_weights_are_not_those_of_the_run(tmp_path, capsys, mo
         stop_at(m, (2,), signal.SIGTERM)
         assert command(train.main, "--out", run, *QUICK) == 143
     assert command(certify.main, run, "--stages", "box") == 0
+    assert "attack and bounds of the first images" in capsys.readouterr().out
     assert command(certify.main, run, "--stages", "box") == 0          # the same: continued
+    assert "attack and bounds of" not in capsys.readouterr().out       # nothing is left to do
     assert command(train.main, "--resume", run) == 0
     assert command(certify.main, run, "--stages", "box") == 2
     assert "of other weights (perhaps the run was trained on since)" in capsys.readouterr().err

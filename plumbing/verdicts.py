@@ -190,7 +190,8 @@ def write_verdicts(path, header, labels, certify, read, title, *, batch=1):
         show(f"{len(known)}/{n}  {shown}  {duration(left)} left")
 
     with file, Progress() as show:
-        show(f"{len(known)}/{n}  attack and bounds of the first images")
+        if todo:
+            show(f"{len(known)}/{n}  attack and bounds of the first images")
         certify(todo, report)
         gather(path, header, known, file, read)
     show.done(f"verdicts in {path}, counterexamples in {points}:")
