@@ -1221,8 +1221,8 @@ def test_the_alpha_crown_loss_and_its_gradient():
 
 
 def test_taps_by_hand():
-    """h = relu(w x) with w = 4, x in [1/4, 3/4]: the box is [1, 3]. logit 1 is |h - 3/2|, logit 0 is
-    0: intervals give margin 1 >= -3/2 - 1/2, the attack goes from 2 up to 3 and finds -3/2."""
+    """h = relu(w x) with w = 4, x in [1/4, 3/4]: the box is [1, 3]. logit 1 is |h - 3/2|, logit 0
+    is 0: intervals give margin 1 >= -3/2 - 1/2, the attack goes from 2 up to 3 and finds -3/2."""
     net = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 2))
     theta = torch.tensor([4., 0., 1., -1., -1.5, 1.5, 0., 0., 1., 1., 0., 0.], dtype=torch.float64)
     x, y = torch.full((1, 1), 0.5, dtype=torch.float64), torch.tensor([0])
@@ -2548,7 +2548,7 @@ def test_no_certificate_in_float32_is_contradicted_in_float64():
 # --------------------------------------------------------------------------------------- the house
 
 HOUSE = Path(__file__).resolve().parent
-MOST_LINES = {"relaxations.py": 1225, "train.py": 650, "certify.py": 600, "gls.py": 200,
+MOST_LINES = {"relaxations.py": 1217, "train.py": 650, "certify.py": 600, "gls.py": 200,
               "README.md": 150}
 
 
@@ -2592,4 +2592,4 @@ def test_one_step_runs_few_lines_of_the_heart(tmp_path, monkeypatch):
                    "--out", tmp_path / "run", *QUICK, "--ramp", 1) == 0
     assert len(steps) == 3
     method = [name for name, _ in lines if name in ("relaxations.py", "train.py", "gls.py")]
-    assert len(method) <= 235 and len(lines) <= 340        # the rest reads and checks what is given
+    assert len(method) <= 240 and len(lines) <= 350        # the rest reads and checks what is given

@@ -24,7 +24,8 @@ ROWS = {"box": dict(relax="box"), "crown-ibp": dict(relax="crown-ibp"), "deeppol
 
 def relaxations_of(checkout):
     """The module of another checkout; the modules of plumbing it imports are its own, too."""
-    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("plumbing")}
+    names = [name for name in sys.modules if name.startswith("plumbing")]
+    ours = {name: sys.modules.pop(name) for name in names}
     sys.path.insert(0, checkout)
     spec = importlib.util.spec_from_file_location("peer", Path(checkout) / "relaxations.py")
     peer = importlib.util.module_from_spec(spec)

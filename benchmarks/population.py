@@ -129,7 +129,8 @@ def noise(args, results):
     vector = 4 * weights / 2 ** 20
     MiB = common.peak_memory(prepare_noise, (weights, pairs, chunk), args.device)
     print(f"\nPGPE, {weights:,} weights of {vector:.1f} MiB, {pairs} pairs, chunk {chunk}: "
-          f"{MiB:.0f} MiB at the peak, {MiB - 2 * vector:.0f} beside theta and one copy", flush=True)
+          f"{MiB:.0f} MiB at the peak, {MiB - 2 * vector:.0f} beside theta and one copy",
+          flush=True)
     results.append(dict(what="noise", weights=weights, pairs=pairs, chunk=chunk, MiB=MiB,
                         beside=MiB - 2 * vector))
 

@@ -78,7 +78,8 @@ def started(checkout, threads):
 def compare(ask, relax, args):
     """{"seconds": {side: one of each turn}, "cpu": the same, "ratios": {name: [by log, by CPU]}}"""
     times = {side: [] for side in SIDES}
-    words = [*RUN.split(), "--batch-size", str(args.batch), "--subset", str(args.batch * args.steps),
+    words = [*RUN.split(), "--batch-size", str(args.batch), "--subset",
+             str(args.batch * args.steps),
              "--relax", relax, "--data-dir", args.data_dir]
     for turn in range(args.pairs + 1):
         for side, (checkout, more) in SIDES.items():

@@ -405,7 +405,8 @@ def figure_9(seeds=2):
         for ax, values in zip(axes, found.T):
             ax.errorbar(values.mean(), gain, error, np.abs(values[[0, -1]] - values.mean()).max(),
                         fmt="o", color=COLOR[relax], capsize=2, label=NAME[relax])
-    for ax, title in zip(axes, ("largest jump, of the loss", "deviation from convexity, of the loss",
+    for ax, title in zip(axes, ("largest jump, of the loss",
+                                "deviation from convexity, of the loss",
                                 "noise of the gradient, of its mean")):
         ax.axhline(0, color="grey", lw=0.8, ls=":")
         ax.set(xlabel=title)

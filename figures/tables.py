@@ -34,7 +34,7 @@ CLAIMS = [  # (relax, opt) against (relax, opt)
 
 
 def table_cells(name):
-    """{method: its cells with the tuned settings, one of each seed}. TABLE/FILE: of another file."""
+    """{method: its cells with the tuned settings, one for each seed}. TABLE/FILE: of another."""
     name, _, file = name.partition("/")
     best = experiments.tuned(name)
     cells = [c for c in experiments.read(file or name) if "failed" not in c]
@@ -155,8 +155,8 @@ def source(name):
     cells = [c for cells in table_cells(name).values() for c in cells]
     commits, processors = (sorted({c[k] for c in cells}) for k in ("commit", "processor"))
     return [f"{len(cells)} runs of one thread each, {cells[0]['jobs']} at a time, on "
-            f"{' and '.join(processors)}, torch {cells[0]['torch']}, at commit {', '.join(commits)}; "
-            f"{sum(c['train_seconds'] + c['certify_seconds'] for c in cells) / 60:.0f} minutes of "
+            f"{' and '.join(processors)}, torch {cells[0]['torch']}, at commit "
+            f"{', '.join(commits)}; {sum(c['train_seconds'] + c['certify_seconds'] for c in cells) / 60:.0f} minutes of "
             "one thread, without tuning and sweeps. Mean ± standard deviation over seeds."]
 
 

@@ -153,8 +153,8 @@ def check_layer(module, kind, where, known):
     if issubclass(kind, CONVOLUTIONS) and any(isinstance(each, (tuple, list))
                                               and len(each) != module.weight.dim() - 2
                                               for each in sizes):
-        raise ValueError(f"{where} has a stride, padding or dilation such as (2,), which torch.func "
-                         "takes for another than its forward pass; 2 or (2, 2) will do")
+        raise ValueError(f"{where} has a stride, padding or dilation such as (2,), which "
+                         "torch.func takes for another than its forward pass; 2 or (2, 2) will do")
     changing = any(m.training and (isinstance(m, nn.modules.dropout._DropoutNd) or m._buffers)
                    for m in module.modules())
     computed = module._modules.get("parametrizations", ())

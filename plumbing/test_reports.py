@@ -147,7 +147,8 @@ def test_weights_that_do_not_fit_and_hostile_files_are_refused(tmp_path, capsys)
     with pytest.raises(InputError):
         read_weights(tmp_path / "nowhere", net)
     assert not (tmp_path / "executed").exists()
-    for words in (["--net", "mlp"], ["run", "--weights", "w", "--net", "mlp", "--dataset", "digits"],
+    run = ["run", "--weights", "w", "--net", "mlp", "--dataset", "digits"]
+    for words in (["--net", "mlp"], run,
                   ["run", "--eps", "0.1", "0.2", "--out", "o"]):
         assert command(certify.main, *words) == 2
         assert capsys.readouterr().err.startswith("certify.py: error: argument --")
