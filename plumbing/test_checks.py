@@ -128,7 +128,7 @@ def test_a_slope_that_is_none_is_refused_whatever_the_images_turn_out_to_be():
     """Wrong images are not bounded, so that no bound would see the slope."""
     given = right()
     given["y"] = (given["y"] + 1) % 4
-    with pytest.raises(ValueError, match="slope='ibp' has to be one of adaptive, zero"):
+    with pytest.raises(ValueError, match="slope='ibp' is none of adaptive, zero"):
         certify.certify(**given, slope="ibp")
 
 

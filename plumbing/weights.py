@@ -1,5 +1,6 @@
 """Weights from elsewhere: the tensors of a file, in a network built here. Nothing is executed."""
 import zipfile
+from pathlib import Path
 
 import torch
 
@@ -47,7 +48,7 @@ def _tensors(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                check_zip(archive, path)
+                check_zip(archive, Path(path))
                 if bad := archive.testzip():                   # torch.load does not look
                     raise InputError(f"{path}: its part {bad} is damaged (wrong checksum)")
         found = torch.load(path, map_location="cpu", weights_only=True)
