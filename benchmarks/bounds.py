@@ -194,34 +194,32 @@ def measure(case, state, row, args):
 
 
 def profile(case, state, row, args):
-    """Print the seconds of one forward pass by operation and by what it works on."""
+    """Print the seconds of one forward pass by step of back-substitution and by what it works on:
+    Op is an affine layer, Windowed one as windows see it (by an Op). The rest is the first ReLU."""
     spent, calls = Counter(), Counter()
 
-    def timed(name, operation):
-        def call(*given, **options):
+    def timed(step):
+        back = step.back
+
+        def call(self, A, d, *more):
             start = time.perf_counter()
-            result = operation(*given, **options)
-            end = time.perf_counter()
-            shape = (result if name == "gather" else given[0]).shape
-            key = name, shape[2], shape[-1]
-            spent[key] += end - start
+            found = back(self, A, d, *more)
+            key = step.__name__, A.shape[-1]
+            spent[key] += time.perf_counter() - start
             calls[key] += 1
-            return result
+            return found
         return call
 
     task = problem(case, state, args.data_dir, args.device)
     call = forward(*sides(task, row, None))
     call()
-    names = {"affine": "_through_affine", "relu": "_through_relu", "minimum": "_minimum",
-             "gather": "_take"}
     with contextlib.ExitStack() as stack:
-        for name, function in names.items():
-            stack.enter_context(mock.patch.object(
-                relaxations, function, timed(name, getattr(relaxations, function))))
+        for step in (relaxations.Windowed, relaxations.Op, relaxations.Lines, relaxations.Box):
+            stack.enter_context(mock.patch.object(step, "back", timed(step)))
         total = common.seconds(call, args.device)
     print(f"{case} {state} {row}: {total:.2f} s")
     for key, t in spent.most_common(12):
-        print("  {:5.1f} %  {:4} calls  {:8} at {:4} positions, {:6} coefficients a row".format(
+        print("  {:5.1f} %  {:4} calls  {:8} {:6} coefficients a row".format(
             100 * t / total, calls[key], *key))
 
 
