@@ -155,13 +155,15 @@ TABLES = {
         sweeps={"sigma": ((0.003, 0.01, 0.03), [("box", "rgs"), ("deeppoly", "rgs")])}),
 }
 
-DIGITS = TABLES["digits"] | dict(sweeps={})
+DIGITS = TABLES["digits"] | dict(sweeps={}, variants=[])
 DEEPZ = {"slope": "parallel", "no-skip-stable": ()}
 TABLES |= {   # the table of the digits, with what came later; tuned alike
     "digits-taps": DIGITS | dict(methods=TAPS),
     "digits-deepz": DIGITS | dict(methods=[("deeppoly", opt) for opt in ("grad", "rgs", "pgpe")],
                                   common=DIGITS["common"] | DEEPZ),
-    "digits-long-taps": TABLES["digits-long"] | dict(methods=TAPS, sweeps={}),
+    "digits-long-taps": TABLES["digits-long"] | dict(methods=TAPS, sweeps={}, variants=[]),
+    "mnist-cnn3-0.1-taps": TABLES["mnist-cnn3-0.1"] | dict(methods=TAPS, variants=[]),
+    "mnist-cnn3-0.3-taps": TABLES["mnist-cnn3-0.3"] | dict(methods=TAPS, sweeps={}, variants=[]),
 }
 
 
