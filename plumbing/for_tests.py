@@ -1,18 +1,32 @@
-"""What the tests share: networks to bound, command lines in this process, small fake data files,
-damaged ones."""
+"""What the tests share: networks to bound, what a function was given, command lines in this
+process, small fake data files, damaged ones."""
 import gzip
+import inspect
 import io
+import math
 import os
 import socket
 import tarfile
 
 import numpy as np
+import pytest
 import torch
 import torch.nn as nn
 
+import certify
+import relaxations
 import train
 from plumbing.console import InputError, run
 from plumbing.data import CIFAR_FILE, CIFAR_PYTHON, MNIST_FILES
+from relaxations import preactivation_bounds
+
+RELAXATIONS = relaxations.RELAXATIONS[:3]     # alpha-crown, which is slow, has tests of its own
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Each test that has this name in its module draws the same numbers, whichever ran before."""
+    torch.manual_seed(0)
 
 
 def random_bn(channels, kind=nn.BatchNorm2d):
@@ -258,3 +272,103 @@ def same_as(good):
         for a, b in zip(result, good, strict=True):
             assert torch.equal(a, b) if torch.is_tensor(a) else a == b
     return check
+
+
+def relu_inputs(net, x):
+    """The input of each ReLU, by running the network."""
+    found = []
+    for layer in flat(net):
+        if isinstance(layer, nn.ReLU):
+            found.append(x)
+        x = layer(x)
+    return found
+
+
+def flat(net):
+    """Its layers, those of nested ones too."""
+    return [layer for layer in net.modules() if not isinstance(layer, nn.Sequential)]
+
+
+def points_seen(estimator, losses, D, dtype=torch.float64):
+    """What each of so many losses is given, with theta = 0: [(P, D), ...], a call after another."""
+    seen = [[] for _ in range(losses)]
+    def watch(points):
+        return lambda thetas: (points.append(thetas.detach().clone()), thetas.sum(1))[1]
+    estimator([watch(points) for points in seen], torch.zeros(D, dtype=dtype), 0.1,
+              generator=torch.Generator().manual_seed(0))
+    return seen
+
+
+def loss_at(net, x, y, eps, relax, **options):
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()[None]
+    return train.robust_loss(net, x, y, eps, relax, **options)(theta).item()
+
+
+def arrivals(monkeypatch, module, name):
+    """A list of what each call of module.name is given, {parameter: value}, and of its result."""
+    calls, function = [], getattr(module, name)
+    signature = inspect.signature(function)
+    def spy(*args, **options):
+        given = signature.bind(*args, **options)
+        given.apply_defaults()
+        calls.append((given.arguments, function(*args, **options)))
+        return calls[-1][1]
+    monkeypatch.setattr(module, name, spy)
+    return calls
+
+
+def steps_of_adam(monkeypatch):
+    """A list of (learning rate, norm of the gradient) at each step of the optimiser."""
+    seen, step = [], torch.optim.Adam.step
+    def spy(self):
+        group, = self.param_groups
+        seen.append((group["lr"], group["params"][0].grad.norm().item()))
+        return step(self)
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    return seen
+
+
+def train_on_noise(folder, words, net=None, augment=False):
+    """The rows of the log of a short training: 20 images, 8, 8 and 4 of them in the 3 steps of an
+    epoch."""
+    torch.manual_seed(0)
+    x, y = torch.rand(20, 1, 4, 4), torch.arange(20) % 3
+    net = net or nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    config = train.parse_config(f"--batch-size 8 {words}".split()) | {"augment": augment}
+    return train.train(net, x, y, config, torch.device("cpu"), folder, lambda line: None)
+
+
+def random_subdomain(net, x, y, eps, cuts, seed=0):
+    """A node with random cuts and random multipliers, slopes and target; its problem."""
+    g = torch.Generator().manual_seed(seed)
+    bounds = preactivation_bounds(net, x, eps, "deeppoly")
+    problem = certify.pose(net, x, y, eps, 1.0, bounds)
+    l, u = problem.l[0], problem.u[0]
+    unstable = ((l < 0) & (u > 0)).nonzero().flatten()
+    neurons = unstable[torch.randperm(len(unstable), generator=g)[:cuts]]
+    signs = torch.randint(0, 2, neurons.shape, generator=g).to(x) * 2 - 1
+    multipliers = signs * torch.rand(neurons.shape, generator=g).to(x)
+    slopes = torch.rand(l.shape, generator=g).to(x)
+    target = (int(y[0]) + 1) % problem.rows.shape[1]
+    return problem, certify.Node(-math.inf, 0, target, neurons, signs, multipliers, slopes)
+
+
+UNITS = {  # radius, layers
+    "mlp": lambda: (0.04, [nn.Flatten(), nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(),
+                           nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 10)]),
+    "conv": lambda: (0.06, [nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1),
+                            nn.ReLU(), nn.Flatten(), nn.Linear(64, 20), nn.ReLU(),
+                            nn.Linear(20, 10)]),
+}
+
+
+def hard_problem(name="conv"):
+    """Digits that a random network is sure of, at a radius where each stage settles some."""
+    torch.manual_seed(0)
+    eps, layers = UNITS[name]()
+    net = nn.Sequential(*layers).eval().requires_grad_(False)
+    for layer in net:
+        if hasattr(layer, "weight"):
+            layer.weight *= 2
+    x = train.load_dataset("digits").x_test[:25]
+    return net, x, net(x).argmax(1), eps

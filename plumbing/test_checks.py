@@ -3,6 +3,7 @@ import math
 import random
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import certify                                                                     # noqa: E402
 import relaxations                                                                 # noqa: E402
 import train                                                                       # noqa: E402
+from plumbing.for_tests import make                                                # noqa: E402
+from relaxations import margin_lower_bounds                                        # noqa: E402
 
 nan, inf, some = math.nan, math.inf, torch.tensor([0.1, 0.2])
 
@@ -177,3 +180,50 @@ def test_what_is_right_is_taken():
         found = certify.certify(net, x.clone().requires_grad_(), y, eps, batch=np.int64(2))
         assert {v.status for v in found} <= {"certified", "attacked"}
     assert certify.certify(net, x[:0], y[:0], 0.1) == []
+
+
+@pytest.mark.parametrize("change", [
+    dict(eps=-0.1), dict(eps=math.nan), dict(eps=math.inf), dict(eps=None), dict(eps="0.1"),
+    dict(eps=torch.tensor([0.1, 0.2])), dict(timeout=math.nan), dict(timeout=-1.0),
+    dict(batch=0), dict(batch=-1), dict(batch=2.5), dict(steps=-1), dict(steps=math.nan),
+    dict(restarts=-1), dict(restarts=math.inf), dict(seed=-1), dict(tolerance=0.0),
+    dict(tolerance=math.nan), dict(stages=["deep-poly"]), dict(stages="box"),
+    dict(y=[0, 1]), dict(y=[[0], [1, 2]]), dict(y=torch.zeros(2).long()), dict(y=torch.zeros(3)),
+    dict(y=torch.zeros(3, 4).long()), dict(y=torch.tensor([0, 1, 4])),
+    dict(y=torch.tensor([0, -1, 2])),
+    dict(x=torch.full((3, 6), 1.5)), dict(x=torch.full((3, 6), -0.1)), dict(x=torch.zeros(6)),
+    dict(x=torch.full((3, 6), torch.nan)), dict(x=torch.zeros(3, 1, 6)), dict(x=np.zeros((3, 6))),
+    dict(x=torch.zeros(3, 6).byte()), dict(x=torch.zeros(3, 6).double())],
+    ids=lambda change: next(iter(change)))
+def test_nonsense_is_refused_before_the_first_stage(change, monkeypatch):
+    net, _, y = make("mlp", dtype=torch.float32)
+    arguments = dict(net=net, x=torch.zeros(3, 6), y=y, eps=0.1) | change
+    monkeypatch.setattr(certify, "certify_batch", None)
+    with pytest.raises(ValueError):
+        certify.certify(**arguments)
+
+
+def test_what_bounds_refuse_is_refused_in_their_words_and_before_the_attack(monkeypatch):
+    monkeypatch.setattr(certify, "certify_batch", None)
+    net, x, y = make("mlp", dtype=torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = deepcopy(net).to(dtype), x.to(dtype)
+        with pytest.raises(ValueError, match="all float32 or all float64"):
+            margin_lower_bounds(*half, y, 0.1)
+        with pytest.raises(ValueError, match="all float32 or all float64"):
+            certify.certify(*half, y, 0.1)
+    unsupported = nn.Sequential(nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"layer 1 \(Sigmoid\)"):
+        certify.certify(unsupported, x, (unsupported(x).argmax(1) + 1) % 4, 0.1)
+    for refusing in (certify.certify, train.evaluate):
+        with pytest.raises(ValueError, match="a margin is between two"):
+            refusing(nn.Sequential(nn.Linear(6, 1)), x, torch.zeros(3).long(), 0.1)
+    with pytest.raises(train.InputError, match="a margin is between two"):
+        train.build_network("mlp", (1, 8, 8), 1)
+    net[1].forward = lambda z: z.clamp(min=-0.1)           # the network that runs is another one
+    with pytest.raises(ValueError, match=r"layer 1 \(ReLU\) may compute something else"):
+        certify.certify(net, x, y, 0.1)
+    net, sound = make("mlp", dtype=torch.float32)[0], certify.margin_lower_bounds
+    monkeypatch.setattr(certify, "margin_lower_bounds", lambda *args: sound(*args) + 0.01)
+    with pytest.raises(ValueError, match="bounds and forward pass of the network differ by 0.01"):
+        certify.certify(net, x, y, 0.1)

@@ -1,4 +1,5 @@
 """Networks as data: any accepted one is kept and built again; a file runs only when it is named."""
+import math
 import threading
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import certify
 import train
 from plumbing import networks
 from plumbing.console import InputError
-from plumbing.for_tests import command, weights
+from plumbing.data import Dataset
+from plumbing.for_tests import arrivals, command, train_on_noise, weights
 from plumbing.runs import save_checkpoint
 
 OWN = """
@@ -298,3 +300,41 @@ def test_the_normalisation_is_exact_and_does_not_learn():
     mean, std = torch.tensor([[0.25, 0.5], [0.5, 0.125]])[:, :, None, None]
     torch.testing.assert_close(net[0](x), (x - mean) / std, rtol=1e-6, atol=1e-6)
     assert not list(net[0].parameters())
+
+
+def test_network_sizes_and_initialisation():
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    torch.manual_seed(0)
+    for name, shape, n in (("cnn3", (1, 28, 28), 24330), ("cnn3", (3, 32, 32), 29930),
+                           ("cnn5", (1, 28, 28), 820954), ("cnn5", (3, 32, 32), 1067002)):
+        assert count(train.build_network(name, shape, 10)) == n
+    assert 13.2e6 < count(train.build_network("cnn7", (1, 28, 28), 10)) < 13.4e6
+    net = train.build_network("cnn5", (3, 32, 32), 10)
+    for layer in (net[2], net[4], net[7]):
+        fan_in = layer.weight[0].numel()
+        assert layer.weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / fan_in, rel=0.05)
+    last = net[9].weight.abs().max() * math.sqrt(512)                  # the last keeps PyTorch's
+    assert 0.9 < last <= 1
+    mean, std, x = [0.1, 0.2, 0.3], [0.5, 0.4, 0.2], torch.rand(2, 3, 4, 4)
+    normalized = train.build_network("mlp", (3, 4, 4), 3, statistics=(mean, std))[0](x)
+    mean, std = (torch.tensor(t).view(3, 1, 1) for t in (mean, std))
+    torch.testing.assert_close(normalized, (x - mean) / std)
+    for shape in ((1, 7, 9), (3, 13, 5)):                              # any input size
+        for name in train.NETWORKS:
+            net = train.build_network(name, shape, 3, "default")
+            assert net(torch.zeros(2, *shape)).shape == (2, 3)
+
+
+def test_cifar_10_is_normalised_and_augmented(tmp_path, monkeypatch):
+    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
+    data = Dataset(x, y, x, y, 4)
+    for dataset, augmented, first in (("cifar10", True, nn.BatchNorm2d),
+                                      ("own.npz", False, nn.Conv2d)):
+        config = train.parse_config(["--dataset", dataset])
+        net, config = train.new_run(config, data, torch.device("cpu"))
+        assert config["augment"] == augmented and type(net[0]) is first
+    changed = arrivals(monkeypatch, train, "augment")
+    calls = arrivals(monkeypatch, train, "take_step")
+    train_on_noise(tmp_path, "--opt grad --epochs 1", augment=True)
+    assert len(calls) == 3
+    assert all(given["x"] is x for (given, _), (_, x) in zip(calls, changed, strict=True))

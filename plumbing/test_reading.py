@@ -9,7 +9,9 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
+import certify
 import relaxations
+import train
 from plumbing.for_tests import in_ball, make, true_margins
 from relaxations import margin_lower_bounds
 
@@ -345,3 +347,43 @@ def test_the_error_says_how_to_get_a_plain_network_out_of_another(net, way):
         plain = eval(f"nn.Sequential(*{said[1]})")
         margin_lower_bounds(plain, x, y, 0.1)
         assert torch.equal(plain(x), net(x))
+
+
+@pytest.mark.parametrize("wrong", ["0", "3.1", "5"])
+def test_a_layer_that_bounds_and_forward_pass_take_for_two_is_named(wrong, monkeypatch):
+    """A Linear that adds 0.1 when it is called, but not as the bounds call it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Identity(),
+                        nn.Sequential(nn.ReLU(), nn.Linear(5, 5), nn.ReLU()), nn.Identity(),
+                        nn.Linear(5, 3)).eval().requires_grad_(False)
+    module = net.get_submodule(wrong)
+    module.weight += 0.3                               # so that what is below reaches the logits
+    marked = module.weight.double()
+    forward = nn.Linear.forward
+
+    def changed(self, z):
+        bounded = not isinstance(self.weight, nn.Parameter)            # by reading.plain
+        same = self.weight.shape == marked.shape and torch.equal(self.weight.double(), marked)
+        return forward(self, z) + 0.1 * (same and not bounded) * torch.arange(len(self.bias))
+
+    monkeypatch.setattr(nn.Linear, "forward", changed)
+    x, y = torch.rand(3, 6), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=rf"radius of 0: layer {wrong} \(Linear\) does not"):
+        certify.certify(net, x, y, 0.1)
+    with pytest.raises(ValueError, match=rf"radius of 0: layer {wrong} \(Linear\) does not"):
+        train.evaluate(net, x, y, 0.1)
+
+
+def test_labels_of_any_integer_type_and_inference_mode():
+    net, x, y = make("windows")
+    expected = margin_lower_bounds(net, x, y, 0.1)
+    for labels in (y.to(torch.uint8), y.to(torch.int16), y.tolist()):
+        assert torch.equal(margin_lower_bounds(net, x, labels, 0.1), expected)
+    relaxations.seen_cells.cache_clear()
+    with torch.inference_mode():
+        margin_lower_bounds(net, x, y, 0.1)
+        with pytest.raises(ValueError, match="no_grad"):
+            margin_lower_bounds(net, x, y, 0.1, "alpha-crown")
+    with torch.no_grad():
+        margin_lower_bounds(net, x, y, 0.1, "alpha-crown")
+    margin_lower_bounds(net, x, y, 0.1).sum().backward()               # what was cached serves too

@@ -1,0 +1,71 @@
+"""The size of files and functions, and what the heart of relaxations.py rests on."""
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import relaxations
+import train
+from plumbing.for_tests import QUICK, command
+
+
+def test_the_heart_names_nothing_from_below_it_and_has_150_lines():
+    source = Path(relaxations.__file__).read_text()
+    marks = [m.start() for m in re.finditer("^# =====", source, re.M)]
+    heart, below = source[marks[0]:marks[1]], source[marks[1]:]
+    defined = re.findall(r"^(?:def |class )(\w+)", below, re.M)
+    defined += re.findall(r"^(\w+) =", below, re.M)
+    names = {node.id for node in ast.walk(ast.parse(heart)) if isinstance(node, ast.Name)}
+    assert not names & set(defined)
+    assert "lower_bound" in heart and len(heart.strip().splitlines()) <= 150
+    assert source[marks[3]:].startswith("# =") and "the same numbers, faster" in source[marks[3]:]
+
+
+HOUSE = Path(__file__).resolve().parents[1]
+MOST_LINES = {"relaxations.py": 1217, "train.py": 650, "certify.py": 600, "gls.py": 200,
+              "test_gls.py": 1500, "README.md": 150}
+
+
+@pytest.mark.parametrize("name", MOST_LINES)
+def test_files_and_functions_keep_to_their_size(name):
+    text = (HOUSE / name).read_text()
+    lines = len(text.splitlines())
+    assert lines <= MOST_LINES[name]
+    tree = ast.parse(text if name.endswith(".py") else "")
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        lines = function.end_lineno - function.lineno + 1
+        assert lines <= 50, function.name
+        arguments = len(function.args.posonlyargs + function.args.args)
+        assert arguments <= 8, function.name
+
+
+def test_one_step_runs_few_lines_of_the_heart(tmp_path, monkeypatch):
+    """The second step of training by CROWN-IBP, in the ramp, with the fast path switched off."""
+    take_step, lines, steps = train.take_step, set(), []
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if HOUSE not in path.parents or path == Path(__file__):
+            return None                                # no event for the lines of this function
+        if event == "line":
+            lines.add((path.name, frame.f_lineno))
+        return note
+
+    def step(*args, **options):
+        steps.append(len(lines))
+        before = sys.gettrace()
+        sys.settrace(note if len(steps) == 2 else before)
+        try:
+            return take_step(*args, **options)
+        finally:
+            sys.settrace(before)
+
+    monkeypatch.setattr(relaxations, "FAST", False)
+    monkeypatch.setattr(train, "take_step", step)
+    assert command(train.main, "--net", "mlp", "--opt", "grad", "--relax", "crown-ibp",
+                   "--out", tmp_path / "run", *QUICK, "--ramp", 1) == 0
+    assert len(steps) == 3
+    method = [name for name, _ in lines if name in ("relaxations.py", "train.py", "gls.py")]
+    assert len(method) <= 240 and len(lines) <= 350        # the rest reads and checks what is given
