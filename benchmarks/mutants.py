@@ -1,14 +1,17 @@
 """Single errors planted at random in the functions that carry mathematics: do the tests notice?
 
-    python benchmarks/mutants.py --count 100 --jobs 2             roughly a minute for each error
+    python benchmarks/mutants.py --count 100                      the same 100 for the same --seed
     python benchmarks/mutants.py --count 20 --functions gls.py:pgpe relaxations.py
     python benchmarks/mutants.py --count 100 --list               only shows what it would plant
 
 The tests run once on the code as it is: how long does each take, which functions does it call?
-Those that fail stay away. Then each error is planted in a copy of the checkout, and tests run until
-one fails, or time is up: first those that call the function, the shortest first. Each outcome is at
-once a line of --out; a later call goes on from there, and --again repeats what survived. An error
-that nobody could observe is set aside by hand: add "aside": "the reason" to its line.
+Those that fail stay away. Then each error is planted in a copy of the checkout. First run the
+tests that call the function, the shortest first, for about a minute; then the others that call it;
+then those that start processes, where calls are not seen. What no test calls, none can notice. The
+first that fails, or takes ten times as long as before, notices it. Each outcome is at once a line
+of --out, whose first says what was drawn; a later call goes on from there, and --again repeats what
+survived. An error that nobody could observe is set aside by hand: add "aside": "the reason" to its
+line.
 """
 import argparse
 import difflib
@@ -16,11 +19,13 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,35 +38,75 @@ import errors
 from errors import HERE
 
 RUNS = HERE / "runs"
+FIRST = 40               # seconds of tests that run at once; after them, the others
+MEMORY = 12 * 2 ** 30    # bytes of address space beyond which an error is a failure
 
 
 # ----------------------------------------------- inside of pytest, which has this as a conftest.py
-PASSED = {}              # {test: (seconds, "FILE:LINE" of the functions that it calls)}
+PASSED = {}              # {test: [seconds, "FILE:LINE" of the functions that it calls, "processes"
+FAILED = set()           # if it starts some]}
+
+
+def forget_what_is_cached(folder):
+    """Else only the first test would be seen to call a function that keeps its results."""
+    for module in list(sys.modules.values()):
+        if folder in Path(getattr(module, "__file__", None) or "/").parents:
+            for function in list(vars(module).values()):
+                getattr(function, "cache_clear", lambda: None)()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
+def pytest_runtest_protocol(item):
     if "MUTANTS_RECORD" not in os.environ:
         return (yield)
     folder = item.config.rootpath       # the copy's own; HERE is not, in the copy
     calls, start = set(), time.time()
+    forget_what_is_cached(folder)
     note = lambda frame, event, arg: calls.add(frame.f_code)          # None: no event for its lines
+    threading.settrace(note)
     sys.settrace(note)
     try:
         result = yield
     finally:
         sys.settrace(None)
-    PASSED[item.nodeid] = time.time() - start, sorted(
-        f"{Path(code.co_filename).relative_to(folder)}:{code.co_firstlineno}" for code in calls
-        if Path(code.co_filename).parent in (folder, folder / "plumbing"))
+        threading.settrace(None)
+    if item.nodeid not in FAILED:
+        ours = [code for code in calls
+                if Path(code.co_filename).parent in (folder, folder / "plumbing")]
+        lines = {f"{Path(code.co_filename).relative_to(folder)}:{code.co_firstlineno}"
+                 for code in ours}
+        starts = any(code.co_name == "together" for code in ours)
+        starts |= any(code.co_filename == subprocess.__file__ for code in calls)
+        PASSED[item.nodeid] = time.time() - start, sorted(lines) + ["processes"] * starts
     return result
 
 
-def pytest_collection_modifyitems(items):
+def pytest_runtest_logreport(report):
+    if report.outcome != "passed":
+        FAILED.add(report.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """With an error in it, a test may never end."""
+    if "MUTANTS_ORDER" not in os.environ:
+        return (yield)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("out of time"))
+    signal.alarm(int(20 + 10 * item.session.seconds[item.nodeid]))
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+
+
+def pytest_collection_modifyitems(session, items):
     if "MUTANTS_ORDER" in os.environ:
-        order = json.loads(Path(os.environ["MUTANTS_ORDER"]).read_text())
-        place = {test: i for i, test in enumerate(order)}
+        session.seconds = json.loads(Path(os.environ["MUTANTS_ORDER"]).read_text())
+        place = {test: i for i, test in enumerate(session.seconds)}
         items[:] = sorted((i for i in items if i.nodeid in place), key=lambda i: place[i.nodeid])
+    if "MUTANTS_RECORD" in os.environ:
+        PASSED.update(json.loads(Path(os.environ["MUTANTS_RECORD"]).read_text()))
+        items[:] = [i for i in items if i.nodeid not in PASSED]
 
 
 def pytest_sessionfinish():
@@ -81,16 +126,19 @@ def copy_checkout():
     return folder
 
 
-def run_tests(folder, limit=None, **environment):
+def run_tests(folder, paths, limit=None, **environment):
     """What pytest prints in a copy, "" if all tests pass; None: not ready within limit seconds."""
     environment |= dict(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+    if limit is not None:
+        memory = lambda: resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider",
-         *["-x"] * (limit is not None)], cwd=folder, env=os.environ | environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+         *["-x"] * (limit is not None), *paths], cwd=folder, env=os.environ | environment,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        preexec_fn=memory if limit is not None else None)
     try:
         printed, _ = process.communicate(timeout=limit)
-        return printed if process.returncode else ""
+        return printed if process.returncode not in (0, 5) else ""         # 5: no test was chosen
     except subprocess.TimeoutExpired:
         return None
     finally:
@@ -99,49 +147,75 @@ def run_tests(folder, limit=None, **environment):
         process.wait()
 
 
-def known_tests():
-    """PASSED of all tests on the code as it is: of a run, or of the record of an earlier one."""
-    sources = [p.read_bytes() for p in sorted(HERE.rglob("*.py"))
-               if not {RUNS, HERE / "benchmarks"} & set(p.parents)]
+def known_tests(paths):
+    """PASSED of the tests in these files on the code as it is. What an earlier call recorded about
+    the same code is not run again."""
+    sources = [p.read_bytes() for f in ("*.py", "plumbing/*.py") for p in sorted(HERE.glob(f))
+               if "test" not in p.name]
     record = RUNS / f"mutants-calls-{hashlib.sha256(b''.join(sources)).hexdigest()[:12]}.json"
+    RUNS.mkdir(exist_ok=True)
     if not record.exists():
-        print("running the tests on the code as it is ...", file=sys.stderr)
-        RUNS.mkdir(exist_ok=True)
-        folder = copy_checkout()
-        print(run_tests(folder, MUTANTS_RECORD=str(record)) or "all pass", file=sys.stderr)
-        shutil.rmtree(folder)
+        record.write_text("{}")
+    print("running the tests on the code as it is ...", file=sys.stderr)
+    folder = copy_checkout()
+    printed = run_tests(folder, paths, MUTANTS_RECORD=str(record))
+    print(printed or "all pass", file=sys.stderr)
+    shutil.rmtree(folder)
     return json.loads(record.read_text())
+
+
+def in_turns(mutant, tests):
+    """The tests that may notice it, as {test: seconds}: the likely ones, then others."""
+    called = {f"{mutant.file}:{n}" for n in mutant.lines}
+    shortest = sorted(tests, key=lambda t: tests[t][0])
+    callers = [t for t in shortest if not called.isdisjoint(tests[t][1])]
+    turns, spent = ({}, {}, {}), 0.0
+    for t in callers:
+        spent += tests[t][0]
+        turns[spent > FIRST][t] = tests[t][0]
+    turns[2].update({t: tests[t][0] for t in shortest
+                     if t not in callers and "processes" in tests[t][1]})
+    return [turn for turn in turns if turn]
 
 
 def outcome(mutant, tests, folder):
     """Plant it in the copy, run the tests, mend it: a line of the report."""
-    called = {f"{mutant.file}:{n}" for n in mutant.lines}
-    order = sorted(tests, key=lambda t: (called.isdisjoint(tests[t][1]), tests[t][0]))
-    (folder / "order.json").write_text(json.dumps(order))
     (folder / mutant.file).write_text(mutant.source)
-    start, limit = time.time(), 60 + 3 * sum(seconds for seconds, _ in tests.values())
-    printed = run_tests(folder, limit, MUTANTS_ORDER=str(folder / "order.json"))
+    start, noticed, ran = time.time(), None, 0
+    for turn in in_turns(mutant, tests):
+        (folder / "order.json").write_text(json.dumps(turn))
+        files = list(dict.fromkeys(test.partition("::")[0] for test in turn))
+        printed = run_tests(folder, files, 120 + 4 * sum(turn.values()),
+                            MUTANTS_ORDER=str(folder / "order.json"))
+        ran += len(turn)
+        if printed:
+            found = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", printed, re.M)
+            noticed = found[1] if found else "pytest ends without a result"
+        elif printed is None:
+            noticed = "out of time"
+        if noticed:
+            break
     shutil.copy(HERE / mutant.file, folder / mutant.file)
-    if printed:
-        found = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", printed, re.M)
-        noticed = found[1] if found else "pytest ends without a result"
-    else:
-        noticed = "out of time" if printed is None else None
     return dict(key=mutant.key, noticed=noticed, seconds=round(time.time() - start, 1),
-                **{k: v for k, v in mutant._asdict().items() if k not in ("lines", "source")})
+                **{k: v for k, v in mutant._asdict().items() if k not in ("lines", "source")},
+                **{} if noticed else dict(tests=ran))
 
 
-def read_report(path, again):
+def read_report(path, about, again):
     """{key: line} of what is known; without the survivors, if they are to run again."""
-    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    return {r["key"]: r for r in lines if r["noticed"] or "aside" in r or not again}
+    lines = [*map(json.loads, path.read_text().splitlines())] if path.exists() else [about]
+    drawn = {k: v for k, v in about.items() if k != "commit"}
+    if lines[0] != about | {"commit": lines[0].get("commit")}:
+        sys.exit(f"{path} is about other errors than {drawn}")
+    return lines[0], {r["key"]: r for r in lines[1:]
+                      if r["noticed"] or "aside" in r or not again}
 
 
-def run_all(drawn, known, path, jobs):
+def run_all(drawn, about, known, path, args):
     """Run what is not known yet, and note it as soon as it is."""
     left, folders = [m for m in drawn if m.key not in known], SimpleQueue()
-    tests = known_tests() if left else {}
-    for _ in range(min(jobs, len(left))):
+    tests = known_tests(args.tests) if left else {}
+    for _ in range(min(args.jobs, len(left))):
         folders.put(copy_checkout())
 
     def one(mutant):
@@ -152,8 +226,8 @@ def run_all(drawn, known, path, jobs):
             folders.put(folder)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in known.values()))
-    with ThreadPoolExecutor(jobs) as pool:
+    path.write_text("".join(json.dumps(r) + "\n" for r in [about, *known.values()]))
+    with ThreadPoolExecutor(args.jobs) as pool:
         for mutant, r in pool.map(one, left):
             known[mutant.key] = r
             with path.open("a") as file:
@@ -178,8 +252,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--count", type=int, default=100)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--jobs", type=int, default=2, help="errors at once")
+    p.add_argument("--jobs", type=int, default=1, help="errors at once")
     p.add_argument("--functions", nargs="+", default=[], metavar="FILE[:NAME]")
+    p.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="these files only")
     p.add_argument("--list", action="store_true", help="show them, run nothing")
     p.add_argument("--again", action="store_true", help="run those again that survived")
     p.add_argument("--out", type=Path, default=RUNS / "mutants.jsonl")
@@ -188,15 +263,19 @@ def main():
     if args.list:
         print("\n".join(map(show, drawn)))
         return
-    known = read_report(args.out, args.again)
-    run_all(drawn, known, args.out, args.jobs)
+    about = dict(code(), count=args.count, seed=args.seed, functions=args.functions,
+                 sources=hashlib.sha256("".join(m.key for m in drawn).encode()).hexdigest()[:12])
+    about, known = read_report(args.out, about, args.again)
+    run_all(drawn, about, known, args.out, args)
     results = {m: known[m.key] for m in drawn}
     counted = [r for r in results.values() if "aside" not in r]
     noticed = sum(bool(r["noticed"]) for r in counted)
     print("\n".join(diff(m) for m, r in results.items() if r in counted and not r["noticed"]))
     print(f"{len(drawn)} errors, {len(drawn) - len(counted)} of them set aside; of the others "
-          f"{noticed} noticed, {100 * noticed / max(1, len(counted)):.0f} %")
+          f"{noticed} noticed, {100 * noticed / max(1, len(counted)):.1f} %")
 
 
 if __name__ == "__main__":
+    sys.path.append(str(HERE))
+    from plumbing.evaluations import code
     main()
