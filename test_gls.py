@@ -730,6 +730,12 @@ def test_regularizers_by_hand():
     # tightness: relu(.5 - .1/2)/.5 = .9; nothing is stable, so its balance is skipped, not 0/0
     both = train.regularizers([first, (wide - 2, wide + 2)], 0.1)
     assert both.item() == pytest.approx((.6 + .9) / 2 + .5 / 2)
+    # tightness .6; no ratio is defined where no neuron is inactive, or where one has all the square
+    for stable in (c + 3, torch.tensor([[[3., 3., 0., -1.]]])[..., :3]):
+        assert train.regularizers([(stable - .5, stable + .5)], 0.1).item() == pytest.approx(.6)
+    l = torch.zeros(1, 2, 3, requires_grad=True)           # dead: no width, and no gradient of it
+    train.regularizers([(l, 0 * l)], 0.1).sum().backward()
+    assert l.grad.tolist() == torch.zeros(1, 2, 3).tolist()
 
 
 def test_eps_schedule():
@@ -1187,6 +1193,31 @@ def test_alpha_crown_is_never_looser_than_deeppoly_nor_branching_than_alpha_crow
     assert tighter > 20
 
 
+@pytest.mark.parametrize("seed", [0, 1, 3])           # in 2 nothing is gained
+def test_the_ascent_finds_the_best_slopes_by_brute_force(seed):
+    """Two neurons see each pixel, and no two pixels meet: the bound of a margin is a sum over
+    pixels, each the largest over a grid of the two slopes of the smaller value at the two ends."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Unflatten(1, (5, 1)), nn.Conv1d(5, 10, 1, groups=5), nn.ReLU(),
+                        nn.Flatten(), nn.Linear(10, 3)).double()
+    net[1].weight.data *= 3
+    x, y = torch.full((1, 5), 0.5).double(), torch.tensor([0])
+    low = margin_lower_bounds(net, x, y, 0.4, "alpha-crown", steps=60)[0]
+    grid, ends = torch.linspace(0, 1, 201).double()[:, None], torch.tensor([0.1, 0.9]).double()
+    for k in (1, 2):
+        c, parts = net[4].weight[0] - net[4].weight[k], []
+        for j in range(10):                                            # (grid, ends) of each neuron
+            z = net[1].weight[j, 0, 0] * ends + net[1].bias[j]
+            l, u = z.min(), z.max()
+            line = z.relu() if l >= 0 or u <= 0 else u * (z - l) / (u - l)
+            is_free = bool(l < 0 < u and c[j] > 0)
+            parts.append(c[j] * (grid * z if is_free else line.expand(201, 2)))
+        best = sum((parts[j][:, None] + parts[j + 1]).amin(-1).max() for j in range(0, 10, 2))
+        best = best + net[4].bias[0] - net[4].bias[k]
+        assert low[k].item() == pytest.approx(best.item(), abs=2e-3)
+    assert (low[1:] > margin_lower_bounds(net, x, y, 0.4)[0, 1:] + 0.01).any()
+
+
 def test_alpha_crown_of_a_population_equals_a_loop():
     nets = [make("windows", seed)[0] for seed in range(2)]
     _, x, y = make("windows", 0)
@@ -1222,6 +1253,15 @@ def one_neuron(weight, bias, out, out_bias, dtype=torch.float64):
     return net.requires_grad_(False)
 
 
+def test_images_that_carry_a_gradient_leave_none_in_a_verdict():
+    net, x, y = make("windows", dtype=torch.float32, batch=9)
+    plain, tracked = (certify.certify(net, images, y, 0.6) for images in (x, x.requires_grad_()))
+    assert "attacked" in {v.status for v in plain}
+    for v, w in zip(plain, tracked, strict=True):
+        assert (v.status, v.stage) == (w.status, w.stage)
+        assert w.counterexample is None or not w.counterexample.requires_grad
+
+
 def test_a_case_that_only_the_ascent_certifies():
     """z = 1.1 x - 1/2 in [-0.5, 0.6], so DeepPoly's lower line is z; the best one is 0. The margin
     relu(z) + 1 is positive with both, and relu(z) + 0.1 with the best only: neither may the ascent
@@ -1243,6 +1283,8 @@ def test_a_margin_of_exactly_zero_is_no_certificate():
         assert (found.status, found.stage) == ("attacked", "attack")
         assert train.forward_margin(net, found.counterexample[None], y[:1]) == 0
         assert (already.status, already.stage) == ("misclassified", "forward")
+    table = {name: hits.tolist() for name, hits in train.evaluate(net, x, y, 0.5).items()}
+    assert table == dict.fromkeys(table, [False, False]) | dict(natural=[True, False])
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -97,6 +97,7 @@ def test_the_latent_attack_stays_in_its_box_and_solves_linear_problems():
     of = lambda z: (seen.append(z), ((z - 0.4) ** 2 * rows).sum((-1, -2)))[1]
     best = train.worst_points(of, l, u, 4)
     assert all(((z >= l) & (z <= u)).all() for z in seen) and best.shape == (2, 3, 4, 4, 5)
+    assert all(z.is_leaf for z in seen) and not best.requires_grad         # no step is held
     least = torch.stack([of(z) for z in seen[:]]).amin(0)
     assert len(seen) == 18
     assert torch.equal(of(best), least)

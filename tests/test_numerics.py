@@ -226,6 +226,16 @@ def test_what_counts_as_close_does_not_depend_on_a_factor_of_the_last_layer():
             assert torch.equal(again, low * factor)        # the same ones from float64
 
 
+def test_the_unit_of_the_margins_by_hand():
+    """The power of two that is next to the largest weight of the last layer, within float32."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Flatten())
+    for weight, unit in ((1.0, 1.0), (-3.0, 4.0), (0.3, 0.25), (0.0, 1.0), (math.inf, 1.0),
+                         (math.nan, 1.0), (1e-44, 2.0 ** -126), (3e38, 2.0 ** 126)):
+        net[2].weight.data = torch.tensor([[0.0, 0.0], [weight, 0.0]])
+        assert certify.unit_of(net) == unit
+    assert certify.unit_of(nn.Sequential(nn.Flatten())) == 1
+
+
 def test_rounding_is_no_contradiction_whatever_the_unit_of_the_margins():
     for unit in (1.0, 2.0 ** -30, 2.0 ** 30):
         for bound, wrong in ((1e-9 * unit, False), (1e-3 * unit, True)):
