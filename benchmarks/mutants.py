@@ -5,18 +5,19 @@
     python benchmarks/mutants.py --count 100 --list               only shows what it would plant
 
 The tests run once on the code as it is: how long does each take, which functions does it call?
-Those that fail stay away. Then each error is planted in a copy of the checkout. First run the
-tests that call the function, the shortest first, for about a minute; then the others that call it;
-then those that start processes, where calls are not seen. What no test calls, none can notice. The
-first that fails, or takes ten times as long as before, notices it. Each outcome is at once a line
-of --out, whose first says what was drawn; a later call goes on from there, and --again repeats what
-survived. An error that nobody could observe is set aside by hand: add "aside": "the reason" to its
-line.
+Those that fail stay away. Then each error is planted in a copy of the checkout. First run tests
+that call the function, the shortest case of each first, for up to a minute; then the others that
+call it; then those that start processes, where calls are not seen. What no test calls, none can
+notice. The first that fails, or takes ten times as long as before, notices it. Each outcome is at
+once a line of --out, whose first says what was drawn; a later call goes on from there, and --again
+repeats what survived. An error that nobody could observe is set aside by hand: add "aside": "the
+reason" to its line.
 """
 import argparse
 import difflib
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +41,8 @@ from errors import HERE
 
 RUNS = HERE / "runs"
 FIRST = 40               # seconds of tests that run at once; after them, the others
-MEMORY = 12 * 2 ** 30    # bytes of address space beyond which an error is a failure
+MEMORY = 12 * 2 ** 30    # bytes beyond which an error is a failure
+FORKS = multiprocessing.get_context("forkserver")
 
 
 # ----------------------------------------------- inside of pytest, which has this as a conftest.py
@@ -92,7 +95,7 @@ def pytest_runtest_call(item):
     if "MUTANTS_ORDER" not in os.environ:
         return (yield)
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("out of time"))
-    signal.alarm(int(20 + 10 * item.session.seconds[item.nodeid]))
+    signal.alarm(int(60 + 10 * item.session.seconds[item.nodeid]))
     try:
         return (yield)
     finally:
@@ -126,25 +129,39 @@ def copy_checkout():
     return folder
 
 
+def child(folder, words, printed, environment, memory):
+    """Run in a process of its own, which a server forks that has imported torch already."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(environment)
+    sys.dont_write_bytecode = True
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() not in (HERE, HERE / "benchmarks")]
+    with open(printed, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    sys.exit(int(pytest.main(words)))
+
+
 def run_tests(folder, paths, limit=None, **environment):
     """What pytest prints in a copy, "" if all tests pass; None: not ready within limit seconds."""
-    environment |= dict(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
-    if limit is not None:
-        memory = lambda: resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider",
-         *["-x"] * (limit is not None), *paths], cwd=folder, env=os.environ | environment,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        preexec_fn=memory if limit is not None else None)
-    try:
-        printed, _ = process.communicate(timeout=limit)
-        return printed if process.returncode not in (0, 5) else ""         # 5: no test was chosen
-    except subprocess.TimeoutExpired:
+    words = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *["-x"] * (limit is not None),
+             *paths]
+    printed = folder / "printed.txt"
+    process = FORKS.Process(target=child, args=(folder, words, printed, environment,
+                                                    MEMORY if limit else None))
+    process.start()
+    process.join(limit)
+    running = process.is_alive()
+    with suppress(ProcessLookupError):                 # what the tests have started, too
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    if running:
         return None
-    finally:
-        with suppress(ProcessLookupError):             # what the tests have started, too
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    if process.exitcode in (3, 4):                     # pytest itself failed: that is no outcome
+        raise RuntimeError(printed.read_text())
+    return printed.read_text() if process.exitcode not in (0, 5) else ""   # 5: no test was chosen
 
 
 def known_tests(paths):
@@ -165,16 +182,21 @@ def known_tests(paths):
 
 
 def in_turns(mutant, tests):
-    """The tests that may notice it, as {test: seconds}: the likely ones, then others."""
-    called = {f"{mutant.file}:{n}" for n in mutant.lines}
-    shortest = sorted(tests, key=lambda t: tests[t][0])
-    callers = [t for t in shortest if not called.isdisjoint(tests[t][1])]
+    """The tests that may notice it, as {test: seconds}: the likely ones, then others. Of each test
+    function first the shortest case, then the second, ...: what differs most comes first."""
+    called, cases = {f"{mutant.file}:{n}" for n in mutant.lines}, Counter()
+    order = []
+    for t in sorted(tests, key=lambda t: tests[t][0]):
+        if not called.isdisjoint(tests[t][1]):
+            function = t.partition("[")[0]
+            cases[function] += 1
+            order.append((cases[function], tests[t][0], t))
     turns, spent = ({}, {}, {}), 0.0
-    for t in callers:
-        spent += tests[t][0]
-        turns[spent > FIRST][t] = tests[t][0]
-    turns[2].update({t: tests[t][0] for t in shortest
-                     if t not in callers and "processes" in tests[t][1]})
+    for _, seconds, t in sorted(order):
+        spent += seconds
+        turns[spent > FIRST][t] = seconds
+    turns[2].update({t: seconds for t, (seconds, calls) in tests.items()
+                     if called.isdisjoint(calls) and "processes" in calls})
     return [turn for turn in turns if turn]
 
 
@@ -263,8 +285,12 @@ def main():
     if args.list:
         print("\n".join(map(show, drawn)))
         return
-    about = dict(code(), count=args.count, seed=args.seed, functions=args.functions,
-                 sources=hashlib.sha256("".join(m.key for m in drawn).encode()).hexdigest()[:12])
+    FORKS.set_forkserver_preload(["numpy", "pytest", "torch"])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"],
+                            capture_output=True, text=True).stdout.strip()
+    about = dict(commit=commit, count=args.count, seed=args.seed, functions=args.functions,
+                 errors=hashlib.sha256("".join(m.key for m in drawn).encode()).hexdigest()[:12])
     about, known = read_report(args.out, about, args.again)
     run_all(drawn, about, known, args.out, args)
     results = {m: known[m.key] for m in drawn}
@@ -276,6 +302,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.append(str(HERE))
-    from plumbing.evaluations import code
     main()
