@@ -14,6 +14,7 @@ repeats what survived. An error that nobody could observe is set aside by hand: 
 reason" to its line.
 """
 import argparse
+import builtins
 import difflib
 import hashlib
 import json
@@ -26,7 +27,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +48,7 @@ FORKS = multiprocessing.get_context("forkserver")
 # ----------------------------------------------- inside of pytest, which has this as a conftest.py
 PASSED = {}              # {test: [seconds, "FILE:LINE" of the functions that it calls, "processes"
 FAILED = set()           # if it starts some]}
+builtins.CALLED = set()
 
 
 def forget_what_is_cached(folder):
@@ -58,35 +59,32 @@ def forget_what_is_cached(folder):
                 getattr(function, "cache_clear", lambda: None)()
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    if "MUTANTS_RECORD" not in os.environ:
-        return (yield)
-    folder = item.config.rootpath       # the copy's own; HERE is not, in the copy
-    calls, start = set(), time.time()
-    forget_what_is_cached(folder)
-    note = lambda frame, event, arg: calls.add(frame.f_code)          # None: no event for its lines
-    threading.settrace(note)
-    sys.settrace(note)
-    try:
-        result = yield
-    finally:
-        sys.settrace(None)
-        threading.settrace(None)
-    if item.nodeid not in FAILED:
-        ours = [code for code in calls
-                if Path(code.co_filename).parent in (folder, folder / "plumbing")]
-        lines = {f"{Path(code.co_filename).relative_to(folder)}:{code.co_firstlineno}"
-                 for code in ours}
-        starts = any(code.co_name == "together" for code in ours)
-        starts |= any(code.co_filename == subprocess.__file__ for code in calls)
-        PASSED[item.nodeid] = time.time() - start, sorted(lines) + ["processes"] * starts
-    return result
+def pytest_runtest_setup(item):
+    if "MUTANTS_RECORD" in os.environ:
+        forget_what_is_cached(item.config.rootpath)
+        CALLED.clear()                                                              # noqa: F821
+        item.begun = time.time()
 
 
 def pytest_runtest_logreport(report):
     if report.outcome != "passed":
         FAILED.add(report.nodeid)
+
+
+def pytest_runtest_teardown(item):
+    if "MUTANTS_RECORD" in os.environ and item.nodeid not in FAILED:
+        PASSED[item.nodeid] = time.time() - item.begun, sorted(CALLED)              # noqa: F821
+        if len(PASSED) % 20 == 0:                      # in case that it is stopped
+            write_record()
+
+
+def starts_a_process(event, args):
+    if event in ("os.fork", "subprocess.Popen", "os.system", "os.posix_spawn"):
+        CALLED.add("processes")                                                     # noqa: F821
+
+
+if "MUTANTS_RECORD" in os.environ:
+    sys.addaudithook(starts_a_process)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -114,7 +112,11 @@ def pytest_collection_modifyitems(session, items):
 
 def pytest_sessionfinish():
     if "MUTANTS_RECORD" in os.environ:
-        Path(os.environ["MUTANTS_RECORD"]).write_text(json.dumps(PASSED))
+        write_record()
+
+
+def write_record():
+    Path(os.environ["MUTANTS_RECORD"]).write_text(json.dumps(PASSED))
 
 
 # ------------------------------------------------------------------------------ outside of pytest
@@ -175,6 +177,8 @@ def known_tests(paths):
         record.write_text("{}")
     print("running the tests on the code as it is ...", file=sys.stderr)
     folder = copy_checkout()
+    for file in errors.FILES:
+        (folder / file).write_text(errors.told(file))
     printed = run_tests(folder, paths, MUTANTS_RECORD=str(record))
     print(printed or "all pass", file=sys.stderr)
     shutil.rmtree(folder)
