@@ -54,11 +54,11 @@ def is_factor(t):
     return torch.is_tensor(t) and t.dtype == torch.float32 and t.dim() > 1
 
 
-def random_problem(seed):
-    """A random network, 6 images, the labels it gives them, and a radius."""
+def random_problem(seed, images=6):
+    """A random network, so many images, the labels it gives them, and a radius."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        x = h = torch.rand(6, pick(1, 2), pick(4, 5, 6), pick(4, 5, 7))
+        x = h = torch.rand(images, pick(1, 2), pick(4, 5, 6), pick(4, 5, 7))
         layers = []
 
         def add(layer):
@@ -95,7 +95,7 @@ def random_batchnorm(channels):
     return layer
 
 
-def self_check(limit=math.inf, seed=0, show=lambda line: None):
+def self_check(limit=math.inf, seed=0, show=lambda line: None, images=6, rounding=nullcontext):
     """Attack the bounds and verdicts of random networks: (checks, contradictions).
 
     A check is one image and one claim: that the bounds of a relaxation (textbook, or skip_stable)
@@ -103,23 +103,26 @@ def self_check(limit=math.inf, seed=0, show=lambda line: None):
     are the same; or that a verdict of certify is not contradicted: "certified" by a point,
     "attacked" by a counterexample that is outside of the ball, or rightly classified. The points:
     PGD with 5 restarts of 60 steps, random ones, and random corners of the ball. Stops at the
-    limit, or when interrupted.
+    limit, or when interrupted. images: of each network. rounding: a context for what may compute in
+    float32.
     """
     checks, contradictions = 0, []
     try:
         for seed in itertools.count(seed):
-            problem = random_problem(seed)
+            problem = random_problem(seed, images)
             points = points_to_try(*problem, seed)
             for relax, skip in itertools.product(RELAXATIONS, (False, True)):
                 wrong = outside(*problem, points, relax, skip)
                 contradictions += [f"seed {seed}, image {i}, {relax}, skip {skip}" for i in wrong]
             for relax, skip in itertools.product(IN_FLOAT32, (False, True)):
-                wrong = rounded(*problem, relax, skip)
+                with rounding():
+                    wrong = rounded(*problem, relax, skip)
                 contradictions += [f"seed {seed}, image {i}, {relax}, skip {skip}, in float32"
                                    for i in wrong]
-            wrong = contradicted(*problem, points, seed)
+            with rounding():
+                wrong = contradicted(*problem, points, seed)
             contradictions += [f"seed {seed}, image {text}" for text in wrong]
-            checks += len(problem[1]) * (2 * len(RELAXATIONS) + 2 * len(IN_FLOAT32) + 1)
+            checks += images * (2 * len(RELAXATIONS) + 2 * len(IN_FLOAT32) + 1)
             show(f"{checks} checks, {len(contradictions)} contradictions")
             if checks >= limit:
                 break
@@ -200,13 +203,14 @@ def main(argv=None):
     p.add_argument("checks", nargs="?", type=count(1), default=10 ** 9,
                    help="so many, or as many as you let it do")
     p.add_argument("--seed", type=count(0), default=0, help="of the first network")
+    p.add_argument("--images", type=count(1), default=6, help="of each network; default: 6")
     p.add_argument("--precision", choices=PRECISION, default="highest",
                    help="what float32 products are set to before, in this process")
     args = p.parse_args(argv)
     PRECISION[args.precision]()
     show, begun = Progress(), time.time()
-    with Rounding() if args.precision != "highest" else nullcontext():
-        checks, contradictions = self_check(args.checks, args.seed, show)
+    rounding = nullcontext if args.precision == "highest" else Rounding
+    checks, contradictions = self_check(args.checks, args.seed, show, args.images, rounding)
     show.done(f"{checks} checks, {len(contradictions)} contradictions, "
               f"{duration(time.time() - begun)}")
     sys.exit("\n".join(contradictions) or 0)

@@ -117,10 +117,10 @@ def test_the_self_check_would_see_rounded_products(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import self_check
     monkeypatch.setattr(precision, "reduced", lambda device: "a switch")
-    with self_check.Rounding():
-        assert self_check.self_check(90)[1] == []
-        monkeypatch.setattr(precision, "reduced", lambda device: None)
-        assert len(self_check.self_check(90)[1]) > 9
+    check = lambda: self_check.self_check(90, rounding=self_check.Rounding)[1]
+    assert check() == []
+    monkeypatch.setattr(precision, "reduced", lambda device: None)
+    assert len(check()) > 9
 
 
 def test_where_it_cannot_be_had_one_line_refuses(monkeypatch):
