@@ -58,7 +58,7 @@ from plumbing.networks import new_network
 from plumbing.processes import process_group
 from plumbing.reports import certify_radii, newest_run, parse_args, summary     # noqa: F401
 from plumbing.rounding import ball, in_float64, unit_of
-from plumbing.runs import data_of_run, is_trained_on
+from plumbing.runs import data_of_run, is_trained_on, moved
 from plumbing.verdicts import ContradictionError, Verdict                       # noqa: F401
 from plumbing.weights import read_weights
 from relaxations import (RELAXATIONS, SLOPES, STEPS, Subdomains, margin_lower_bounds,
@@ -147,7 +147,7 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     """
     timeout, tolerance = (math.inf if t is None else t for t in (timeout, tolerance))
     check_settings(STAGES, stages, SLOPES, slope, timeout=timeout, tolerance=tolerance, batch=batch,
-                   steps=steps, restarts=restarts, seed=seed)
+                   steps=steps, restarts=restarts, seed=seed, report=report)
     y = check_problem(net, x, y, eps, margin_lower_bounds, preactivation_bounds)
     if not len(x):
         return []
@@ -571,14 +571,14 @@ def settle_linear(exact, node):
 def main(argv=None):
     args = parse_args(argv, STAGES, SETTINGS)
     device = pick_device(args.device)
-    moved = {k: getattr(args, k) for k in ("dataset", "data_dir") if getattr(args, k)}
+    given = {k: getattr(args, k) for k in ("dataset", "data_dir") if getattr(args, k)}
     if args.weights:
         path, net = Path(args.weights), None
-        config = defaults(SETTINGS, dataset_kind(args.dataset), "grad") | dict(net=args.net)
+        config = defaults(SETTINGS, dataset_kind(args.dataset), "grad") | dict(net=args.net) | given
     else:
         path = Path(args.run or newest_run())
         net, config, _ = load_run(path)
-    config |= moved
+        config = moved(config | dict(out=str(path)), given)
     data = data_of_run(config)
     if not is_trained_on(data, config):
         warn(f"{path} was trained on other images than these")

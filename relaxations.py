@@ -463,6 +463,10 @@ def checked(slope):
 
     def rule(l, u):
         slopes = slope(l, u)
+        try:
+            slopes = torch.as_tensor(slopes, dtype=l.dtype, device=l.device).expand_as(l)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError("slope(l, u) has to return a tensor like l") from None
         outside = (slopes < 0) | (slopes > 1)
         if (outside & (l < 0) & (u > 0)).any():
             raise ValueError("slope(l, u) has to be in [0, 1]: other lines do not bound relu")

@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 
 import gls
 from plumbing.attack import attack, forward_margin, margins_of, smallest, worst_points
-from plumbing.checks import check_choice, check_images, check_problem, check_whole
+from plumbing.checks import check_choice, check_problem, check_training, check_whole
 from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
                               not_negative, parser_of, pick_device, positive, positive_unit,
                               refuse_others, run, show_training, table, unit, warn_without_effect,
@@ -39,8 +39,8 @@ from plumbing.processes import average, members_of_each, parts_of, process_group
 from plumbing.reading import flat_layers
 from plumbing.rounding import check_finite, first_not_finite, in_float64, unit_of
 from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, is_finished,
-                           lengthen, locked, new_folder, read_checkpoint, recording, restored,
-                           run_folder)
+                           lengthen, locked, moved, new_folder, read_checkpoint, recording,
+                           restored, run_folder)
 from plumbing.timing import seconds_at, time_left
 from plumbing.weights import read_weights
 from relaxations import (AFFINE, RELAXATIONS, RESHAPE, SLOPES, margin_lower_bounds,
@@ -151,9 +151,7 @@ def parse_config(argv=None):
     if "resume" in given:
         refuse_others(parser, given, "resume", "dataset", "data_dir", "device", "epochs")
         return given
-    config = complete(given, parser.error)
-    warn_without_effect(SETTINGS, given, config)
-    return config
+    return complete(given, parser.error)
 
 
 def complete(given, error=InputError.raised):
@@ -162,6 +160,7 @@ def complete(given, error=InputError.raised):
     if "init" not in given and is_file(config["net"]):
         config["init"] = "default"
     check_together(config, RELAXATIONS, error)
+    warn_without_effect(SETTINGS, given, config)
     return config
 
 
@@ -500,8 +499,9 @@ def take_step(net, theta, optimizer, sigma, x, y, eps, config, *, noise, where="
 
 def trial(net, x, y, config, device):
     """A gradient estimate at a fraction of the radius, as a function of that; it changes nothing
-    and is for its time, with a quarter of a minibatch."""
-    n, theta = max(16, config["batch_size"] // 4), parameters_to_vector(net.parameters()).detach()
+    and is for its time, with a part of a minibatch: of fewer images most of it would be fixed."""
+    size, theta = config["batch_size"], parameters_to_vector(net.parameters()).detach()
+    n = min(size, max(64, size // 4))
     x, y = x[:n].to(device), y[:n].to(device)
     sigma, noise = torch.tensor(config["sigma"], device=device), torch.Generator(device)
     return lambda full: estimate(losses_of_step(net, x, y, full * config["eps_train"], config),
@@ -563,8 +563,8 @@ def fit(net, x, y, device="auto", show=None, **settings):
     elsewhere = "dataset net data_dir subset validation test_subset weights normalize out resume"
     given = checked(SETTINGS, settings, elsewhere.split())
     config = complete(given | dict(dataset="own.npz"))
+    check_training(net, x)
     device, net = pick_device(device), net.eval()
-    check_images(x)
     y = check_problem(net.to(x.device), x, y, config["eps"], margin_lower_bounds,
                       preactivation_bounds)
     logits, = read_network(net, x.shape[1:]).shapes[-1]
@@ -610,7 +610,7 @@ def main(argv=None):
             stack.enter_context(locked(resumed))
             net, saved, training = load_run(resumed)
             since = with_defaults(SETTINGS, saved, dataset_kind(saved["dataset"]))
-            config = since | dict(out=str(resumed)) | config           # what may be given again
+            config = moved(since | dict(out=str(resumed)), config)     # what may be given again
         device = pick_device(config["device"].split(":")[0])
         stack.enter_context(process_group(device))
         data = hold_out(data_of_run(config), config["validation"])

@@ -16,12 +16,20 @@ from plumbing.rounding import ROUNDING, unit_of
 FLOATS = torch.float32, torch.float64
 
 
+def is_plain(t):
+    """Is it a tensor of PyTorch's own, not of a subclass, whose operations may be others?"""
+    return type(t) in (torch.Tensor, nn.Parameter)
+
+
 def check_images(x):
     """Raises ValueError for what are no images: a plain tensor (B, ...) of float32 or float64."""
     if not torch.is_tensor(x) or x.is_nested or x.is_meta or x.layout != torch.strided:
         kind = f"{x.layout} on {x.device}" if torch.is_tensor(x) else type(x).__name__
         raise ValueError(f"x has to be a tensor of images, got {kind}; "
                          "torch.as_tensor(x, dtype=torch.float32) makes one of an array")
+    if not is_plain(x):
+        raise ValueError(f"x is a {type(x).__name__}, which may compute something else than a "
+                         "tensor; x.as_subclass(torch.Tensor) is one")
     if x.dim() < 2:
         raise ValueError(f"x has to be a batch of images (B, ...), got the shape {tuple(x.shape)}; "
                          "x[None] is a batch of one")
@@ -84,8 +92,10 @@ def as_labels(y, x, K=None):
         raise ValueError(f"y has to hold {len(x)} integer labels, got {type(y).__name__}") from None
     fraction = y.is_floating_point() or y.is_complex() or y.dtype == torch.bool
     if y.shape != x.shape[:1] or fraction:
-        raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)}")
-    y = y.long()
+        hint = "; y.flatten() or, if they are one-hot, y.argmax(1) will do" * (y.dim() == 2)
+        raise ValueError(f"y has to hold {len(x)} integer labels, got {y.dtype} {tuple(y.shape)} "
+                         f"for images {tuple(x.shape)}{hint}")
+    y = y.as_subclass(torch.Tensor).long()
     if K is not None and not ((y >= 0) & (y < K)).all():
         raise ValueError(f"y has labels outside 0..{K - 1}, of a network with {K} logits")
     return y
@@ -95,8 +105,9 @@ def check_radius(eps):
     """Raises ValueError unless eps is one number, 0 <= eps < infinity."""
     single = torch.is_tensor(eps) and eps.dim() == 0 and eps.dtype in FLOATS
     if not (single or isinstance(eps, numbers.Real)) or not 0 <= eps < math.inf:
-        raise ValueError(f"eps={eps} has to be a radius in pixels, 0 <= eps < infinity: one number "
-                         "for all images")
+        shown = f"a tensor {tuple(eps.shape)}" if torch.is_tensor(eps) and eps.dim() else eps
+        raise ValueError(f"eps={shown} has to be a radius in pixels, 0 <= eps < infinity: one "
+                         "number for all images")
 
 
 def check_whole(least, **named):
@@ -120,7 +131,7 @@ def check_number(name, value, most=math.inf):
 
 
 def check_settings(known, stages, slopes, slope, *, timeout, tolerance, batch, steps, restarts,
-                   seed):
+                   seed, report):
     """Raises ValueError for settings that make no sense."""
     check_number("timeout", timeout)
     check_number("tolerance", tolerance)
@@ -129,6 +140,8 @@ def check_settings(known, stages, slopes, slope, *, timeout, tolerance, batch, s
     if not isinstance(stages, (list, tuple)) or not set(map(str, stages)) <= set(known):
         raise ValueError(f"stages={stages} has to be a list of {', '.join(known)}")
     check_choice(slopes, slope=slope)
+    if not callable(report):
+        raise ValueError(f"report={report!r} has to be a function of a verdict")
     if tolerance == 0:
         raise ValueError("tolerance=0 cannot be reached in floating point; 1e-6 can")
 
@@ -140,6 +153,21 @@ def check_copy(net):
     except (RuntimeError, TypeError) as e:
         raise ValueError(f"the network cannot be copied ({str(e).splitlines()[0]}); weights that "
                          "are computed belong into torch.nn.utils.parametrize") from None
+
+
+def check_training(net, x):
+    """Raises ValueError for images that are none to train on, and for networks that are none, or
+    that can be bounded only."""
+    check_images(x)
+    if not len(x):
+        raise ValueError(f"x holds no image: its shape is {tuple(x.shape)}")
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"net has to be a torch.nn.Sequential, got {type(net).__name__}")
+    for name, module in net.named_modules():
+        if hasattr(module, "parametrizations"):
+            raise ValueError(f"layer {name} has weights that are computed, which can be bounded, "
+                             "but not trained here; remove_parametrizations, of "
+                             "torch.nn.utils.parametrize, makes plain ones")
 
 
 @torch.no_grad()

@@ -275,7 +275,7 @@ def show_training(rows, config, show):
     power = 2 if "taps" in config.get("relax", "") else 1     # its loss is a product of two
     guessing = math.log(classes) ** power
     show.done(f"trained {epochs} in {duration(last['seconds'])}: loss "
-              f"{last['loss']:.4f}, {100 * last['certified']:.1f} % certified in training")
+              f"{decimals(last['loss'])}, {100 * last['certified']:.1f} % certified in training")
     if config["ramp"] < config["epochs"] and last["loss"] > 0.98 * guessing:
         more = last["loss"] / guessing - 1
         what = "about that" if more < 0.05 else f"{100 * more:.0f} % above that" if more < 1 else \
@@ -294,6 +294,11 @@ def table(result):
     n = len(result["natural"])
     return [f"  {TITLES[k]:32}{100 * v.float().mean():6.2f} %   {int(v.sum())}/{n}"
             for k, v in result.items()]
+
+
+def decimals(value):
+    """A number with four decimals, unless these are lost in its size: 4.1e+19."""
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
 
 
 def duration(seconds):

@@ -152,7 +152,9 @@ def _check_dataset(name, x_train, y_train, x_test, y_test, classes):
 
 def _images(x, what):
     """(n, C, H, W) float32 in [0, 1], from uint8 or floats, NHWC or NCHW or NHW."""
-    if x.dtype != np.uint8 and x.dtype.kind != "f" or x.ndim not in (3, 4) or not x.size:
+    if x.ndim in (3, 4) and not x.size:
+        raise InputError(f"{what} holds no image: its shape is {x.shape}")
+    if x.dtype != np.uint8 and x.dtype.kind != "f" or x.ndim not in (3, 4):
         raise InputError(f"{what} has to be uint8 or float images, (n, H, W), (n, H, W, C) or "
                          f"(n, C, H, W); got {x.dtype} {x.shape}")
     if x.ndim == 3:

@@ -13,6 +13,8 @@ import torch
 import torch.nn as nn
 from torch.nn.parameter import is_lazy
 
+from plumbing.checks import is_plain
+
 NORMS = nn.BatchNorm1d, nn.BatchNorm2d
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d
 SIZES = "stride", "padding", "dilation", "output_padding"
@@ -54,6 +56,10 @@ def read_layers(net, in_shape, params, affine, reshape):
         shape = shape_after(module, kind, own, before, where)
         if kind not in reshape:
             tensors = {n: stacked(t) for n, t in own.items()}
+            for n, t in tensors.items():
+                if not is_plain(t):
+                    raise ValueError(f"{where} has a {n} that is a {type(t).__name__} and may "
+                                     "compute something else than a tensor")
             entries.append(Entry(plain(module, kind, own), tensors, before, shape))
     if len(shape) != 1 or not any(entry.module for entry in entries):
         raise ValueError(f"the network ends in the shape {shape}, not in logits; "
@@ -130,7 +136,7 @@ def runs_as(kind, known):
 
 def is_sequential(net):
     """Is it an nn.Sequential, or a subclass that only builds one?"""
-    return (isinstance(net, nn.Sequential) and unchanged(net)
+    return (isinstance(net, nn.Sequential) and unchanged(net) and "_modules" in vars(net)
             and all(getattr(type(net), name) is getattr(nn.Sequential, name) for name in RUNNING))
 
 

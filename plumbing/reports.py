@@ -8,9 +8,9 @@ from pathlib import Path
 
 from plumbing.console import InputError, Parser, count, number
 from plumbing.processes import ranks
-from plumbing.runs import checksum
-from plumbing.verdicts import (STATUSES, ContradictionError, points_of, save_point, verdict_of,
-                               write_verdicts)
+from plumbing.runs import checksum, run_folder
+from plumbing.verdicts import (STATUSES, ContradictionError, points_of, read_log, save_point,
+                               verdict_of, write_verdicts)
 
 
 def newest_run(root="runs"):
@@ -115,7 +115,10 @@ def certify_radii(certify, net, config, data, path, args):
     if args.weights and "layers" in config:           # another FILE.py may make the same tensors
         header["layers"] = zlib.crc32(repr(config["layers"]).encode())
     known, made = {}, "" if args.weights else f" trained by {config['relax']}, {config['opt']}"
-    for eps in outside_in(args.eps or [config["eps"]]):
+    radii = outside_in(args.eps or [config["eps"]])
+    for eps in radii if ranks()[0] == 0 else []:           # before any of them takes its time
+        read_log(file_of(args, path, eps), header | dict(eps=eps), verdict_of)
+    for eps in radii:
         file = file_of(args, path, eps)
 
         def certify_some(indices, report):
@@ -153,7 +156,8 @@ def certify_images(certify, net, x, y, eps, file, images, **options):
 def parse_args(argv, stages, settings):
     """The command line of certify.py. stages: of certify; settings: of train.py."""
     p = Parser(prog="certify.py", description="Certify a trained run, sample by sample.")
-    p.add_argument("run", nargs="?", help="run folder of train.py; default: the newest under runs/")
+    p.add_argument("run", nargs="?", type=run_folder,
+                   help="run folder of train.py; default: the newest under runs/")
     p.add_argument("--eps", type=number(0, 1), nargs="+",
                    help="radius in pixels, or several; default: the run's")
     p.add_argument("--weights", metavar="FILE", help="instead of a run: a state_dict that "
@@ -187,10 +191,14 @@ def parse_args(argv, stages, settings):
                    "the run folder, or beside FILE")
     args = p.parse_args(argv)
     args.stages = [stage for stage in stages if stage in args.stages]
-    foreign = [args.weights, args.net]
-    if any(foreign) and (args.run or not all([*foreign, args.dataset])):
-        p.error("argument --weights: takes --net and --dataset, and no run folder; a run keeps its "
-                "own")
+    if args.net and not args.weights:
+        p.error("argument --net: it is for --weights FILE; the network of a run is in its folder")
+    if args.weights and args.run:
+        p.error(f"argument --weights: takes no run folder; leave out {args.run}, or --weights")
+    missing = [f"--{name}" for name in ("net", "dataset") if not getattr(args, name)]
+    if args.weights and missing:
+        p.error(f"argument --weights: give {' and '.join(missing)}, too: a file of weights does "
+                "not tell")
     if args.out and len(args.eps or ()) > 1:
         p.error("argument --out: one file is for one radius; leave it out, or give one --eps")
     return args

@@ -39,7 +39,7 @@ def unit_of(net):
     of that layer, which changes no prediction, does not change the search either. A power of two:
     dividing by it and multiplying again is exact.
     """
-    weights = [m.weight for m in net.modules() if getattr(m, "weight", None) is not None]
+    weights = [m.weight for m in net.modules() if torch.is_tensor(getattr(m, "weight", None))]
     largest = weights[-1].abs().max().item() if weights else 1.0
     power = round(math.log2(largest)) if 0 < largest < math.inf else 0
     return 2.0 ** min(max(power, -126), 126)               # it and its inverse are float32 numbers

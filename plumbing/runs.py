@@ -24,7 +24,7 @@ except ImportError:      # not on Windows: there, nothing keeps two processes fr
 import numpy as np
 import torch
 
-from plumbing.console import InputError, Interrupted, defaults, duration, warn
+from plumbing.console import InputError, Interrupted, decimals, defaults, duration, warn
 from plumbing.data import check_zip, dataset_kind, hold_out, load_dataset
 from plumbing.networks import is_file
 from plumbing.processes import any_process, check_agreement, from_first, ranks
@@ -71,9 +71,9 @@ def save_checkpoint(folder, net, config, training=None):
 # ---------------------------------------------------------------------------------------- reading
 
 def run_folder(path):
-    """The folder of a run that was named by it, or by its checkpoint."""
-    path = Path(path)
-    return path.parent if path.name == "checkpoint.pt" else path
+    """The folder of a run that was named by it, or by a file in it."""
+    path, files = Path(path), ("checkpoint.pt", "config.json", "log.csv", "evaluation.json")
+    return path.parent if path.name in files else path
 
 
 def read_checkpoint(folder, build):
@@ -123,6 +123,16 @@ def circumstances(data, config, device):
         input_shape=list(data.x_train.shape[1:]), classes=data.classes, device=str(device),
         threads=torch.get_num_threads(), processes=ranks()[1], torch=str(torch.__version__),
         fingerprint=fingerprint(data, config), dataset_path=path and str(Path(path).resolve()))
+
+
+def moved(config, given):
+    """The settings of a run, with what is given again: its data may have moved, but not become
+    others. Raises InputError."""
+    kind, name = dataset_kind(config["dataset"]), given.get("dataset")
+    if name and dataset_kind(name) != kind:
+        raise InputError(f"--dataset {name}: {config['out']} was trained on {config['dataset']}; "
+                         "the option only says where an .npz file is now")
+    return config | given
 
 
 def data_of_run(config):
@@ -333,8 +343,8 @@ def progress_line(now, epoch, step, steps, config, eps, numbers, left):
     rate = step * config["batch_size"] / (now["seconds"] - now["began"])
     of_full = f" of {config['eps_train']:.2g}" * (eps < config["eps_train"])
     return (f"epoch {epoch}/{config['epochs']}  batch {step}/{steps}  eps {eps:.2g}{of_full}  "
-            f"loss {numbers[0]:.4f}  certified {100 * numbers[1]:.1f} %  {rate:.0f} samples/s  "
-            f"{duration(left)} left")
+            f"loss {decimals(numbers[0])}  certified {100 * numbers[1]:.1f} %  "
+            f"{rate:.0f} samples/s  {duration(left)} left")
 
 
 # ----------------------------------------------------------------------------- stopping, going on

@@ -52,8 +52,17 @@ def hooked(net):
     return net
 
 
+class Own(torch.Tensor):
+    """Of a subclass, which could compute anything."""
+
+
+def of_subclass(net):
+    net[3].weight = nn.Parameter(net[3].weight.detach().as_subclass(Own))
+    return net
+
+
 MISTAKES = {
-    "net": [computed, changed, hooked, with_layer(3, nn.LazyLinear(8)),
+    "net": [computed, of_subclass, changed, hooked, with_layer(3, nn.LazyLinear(8)),
             with_layer(0, nn.LazyConv2d(3, 3, padding=1)), with_layer(5, nn.Linear(8, 1)),
             with_layer(4, nn.Sigmoid()), with_layer(5, nn.Linear(9, 4)),
             with_layer(3, nn.utils.weight_norm(nn.Linear(48, 8))),
@@ -70,7 +79,8 @@ MISTAKES = {
           torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16,
           lambda x: x.to(torch.complex64), lambda x: x.to(torch.float8_e5m2),
           torch.Tensor.to_sparse, lambda x: torch.nested.nested_tensor(list(x)),
-          lambda x: x.to("meta"), lambda x: x[0], torch.Tensor.flatten, lambda x: x[:, 0, 0, 0],
+          lambda x: x.as_subclass(Own), lambda x: x.to("meta"), lambda x: x[0],
+          torch.Tensor.flatten, lambda x: x[:, 0, 0, 0],
           lambda x: x[None], lambda x: x[:, None], lambda x: x.movedim(1, -1), lambda x: x[:3],
           lambda x: x.expand(-1, 3, -1, -1), lambda x: torch.rand(5, 1, 5, 5),
           lambda x: (x - 0.5) / 0.25, lambda x: 255 * x, lambda x: -x, lambda x: x / 0,
@@ -88,6 +98,7 @@ MISTAKES = {
     "steps": [-1, 1.5, nan, inf, None, "40", [40], 2 ** 64],
     "restarts": [-1, 0.5, nan, inf, "1", [1]],
     "seed": [-1, 0.5, nan, None, "0", 2 ** 64],
+    "report": [None, 3, "print"],
     "timeout": [-1, -1e-9, nan, -inf, "5", [1], some, 1j],
     "tolerance": [0.0, -1, nan, "1e-3", [1]],
     "slope": ["none", "", None, 0.5, ["zero"], some, {}],
@@ -161,6 +172,15 @@ def test_certify_evaluate_and_the_bounds_refuse_in_the_same_words(name):
             assert of_bounds == words or words.startswith(other) and fault in of_bounds
 
 
+def test_a_mistake_in_the_shape_of_labels_or_radii_is_one_line_with_the_mend():
+    for name, change, mend in (("y", lambda y: y[:, None], "y.flatten()"),
+                               ("y", lambda y: nn.functional.one_hot(y, 4), "y.argmax(1)"),
+                               ("x", lambda x: x[0], "for images (1, 4, 4)"),
+                               ("eps", lambda eps: torch.full((5, 1, 1, 1), eps), "a tensor (5, ")):
+        words = words_of(certify.certify, name, change)
+        assert mend in words and "\n" not in words
+
+
 def test_labels_may_be_a_list_or_an_array_of_any_integers():
     problem = right()
     y = problem.pop("y")
@@ -171,6 +191,13 @@ def test_labels_may_be_a_list_or_an_array_of_any_integers():
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_weights_that_are_computed_may_be_those_of_the_last_layer():
+    arguments = right()
+    nn.utils.parametrizations.weight_norm(arguments["net"][5])
+    verdicts = certify.certify(**arguments)
+    assert {v.status for v in verdicts} == {"certified"}
+
+
 def test_what_is_right_is_taken():
     """Weight norm as a parametrisation, gradients on, an eps of NumPy or PyTorch, no images."""
     problem = right()

@@ -220,6 +220,7 @@ def test_npz(tmp_path):
     (dict(x_train=np.full((12, 6, 5, 3), 1.5)), "outside"),
     (dict(x_train=np.full((12, 6, 5, 3), np.nan)), "NaN"),
     (dict(x_train=np.zeros((12, 6, 5, 3), int)), "uint8 or float"),
+    (dict(x_test=np.zeros((0, 6, 5, 3)), y_test=np.arange(0)), "x_test holds no image"),
     (dict(x_train=np.zeros((12, 90))), "has to be uint8 or float images"),
     (dict(x_train=np.zeros((12, 90), np.uint8)), r"got uint8 \(12, 90\)"),
     (dict(x_train=np.full((12, 6, 5, 3), -1.5)), "undo the normalisation"),

@@ -247,12 +247,30 @@ def test_fit_refuses_what_is_no_setting(settings, words):
     (lambda x, y: (x * 255, y), r"values outside \[0, 1\]"),
     (lambda x, y: (x, y[:-1]), "y has to hold 4 integer labels"),
     (lambda x, y: (x, torch.cat([y, y])), "y has to hold 4 integer labels"),
+    (lambda x, y: (x[:0], y[:0]), "x holds no image"),
     (lambda x, y: (x, y + 10), "y has labels outside 0..9")])
 def test_fit_refuses_images_and_labels_in_the_words_of_the_bounds(change, words):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     x, y = change(torch.rand(4, 1, 8, 8) / 2 + 0.1, torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match=words):
         train.fit(net, x, y, "cpu", lambda line: None, opt="grad", relax="box", epochs=1)
+
+
+def test_fit_refuses_what_can_only_be_bounded():
+    net = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(64, 10)))
+    x, y = torch.rand(4, 1, 8, 8), [0, 1, 2, 3]
+    for wrong, words in ((net, "layer 1 has weights that are computed"), (None, "got NoneType")):
+        with pytest.raises(ValueError, match=words):
+            train.fit(wrong, x, y, "cpu", lambda line: None, opt="grad", relax="box", epochs=1)
+
+
+def test_fit_says_what_has_no_effect(capsys):
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.rand(4, 1, 8, 8)
+    for settings, said in ((dict(lam=0.2), "--lam has no effect with --relax box"), ({}, "")):
+        train.fit(net, x, [3, 1, 0, 9], "cpu", lambda line: None, opt="grad", relax="box", epochs=1,
+                  **settings)
+        err = capsys.readouterr().err
+        assert said in err and err.count("no effect") == bool(said)
 
 
 def test_fit_takes_labels_in_a_list():

@@ -112,6 +112,17 @@ def test_subdomains_are_guarded_too(monkeypatch):
     assert seen == [False] and torch.backends.mkldnn.enabled
 
 
+def test_the_self_check_would_see_rounded_products(monkeypatch):
+    """Its own rounding stands for that of processors that make use of the switches."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import self_check
+    monkeypatch.setattr(precision, "reduced", lambda device: "a switch")
+    check = lambda: self_check.self_check(90, rounding=self_check.Rounding)[1]
+    assert check() == []
+    monkeypatch.setattr(precision, "reduced", lambda device: None)
+    assert len(check()) > 9
+
+
 def test_where_it_cannot_be_had_one_line_refuses(monkeypatch):
     monkeypatch.setattr(precision, "reduced", lambda device: "torch.set_float32_matmul_precision")
     with pytest.raises(ValueError, match="set_float32_matmul_precision lets float32"):

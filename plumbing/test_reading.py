@@ -178,6 +178,10 @@ def test_networks_that_cannot_be_bounded(layers, message):
     (dict(params={"0.weight": torch.zeros(2, 6, 7)}), "but the layer's is (7, 6)"),
     (dict(slope=lambda l, u: -1 + 0 * l), "slope(l, u) has to be in [0, 1]"),
     (dict(slope=lambda l, u: 1.01 + 0 * l), "slope(l, u) has to be in [0, 1]"),
+    (dict(slope=lambda l, u: None), "slope(l, u) has to return a tensor like l"),
+    (dict(slope=lambda l, u: torch.ones(3, 5)), "slope(l, u) has to return a tensor like l"),
+    (dict(params={"0.weight": torch.zeros(2, 7, 6).as_subclass(type("T", (torch.Tensor,), {}))}),
+     "layer 0 (Linear) has a weight that is a T and may compute"),
     (dict(params={"0.weight": torch.zeros(0, 7, 6)}), "one leading P >= 1"),
     (dict(y=torch.tensor([4])), "labels outside 0..3"),
     (dict(y=torch.tensor([0, 1])), "1 integer labels"),
@@ -261,6 +265,13 @@ def test_a_sequential_that_shows_other_layers_than_it_runs_is_refused():
     class Own(nn.Sequential):
         def __getattribute__(self, name):
             return {} if name == "_modules" else super().__getattribute__(name)
+
+    class Shown(nn.Sequential):
+        _modules = property(lambda self: vars(self)["shown"],
+                            lambda self, layers: vars(self).update(shown=layers))
+    with pytest.raises(ValueError, match="plain torch.nn.Sequential"):
+        net = Shown(nn.Flatten(), nn.Linear(16, 3))
+        margin_lower_bounds(net, torch.zeros(1, 1, 4, 4), torch.tensor([0]), 0.1)
     with pytest.raises(ValueError, match="plain torch.nn.Sequential"):
         margin_lower_bounds(Own(nn.Flatten(), nn.Linear(16, 3)), torch.zeros(1, 1, 4, 4), [0], 0.1)
 

@@ -72,6 +72,18 @@ def test_radii_in_one_go_give_the_files_of_single_runs_for_less(run, capsys, mon
     assert asked[3:] == [(0.03, 0)]
 
 
+def test_a_foreign_file_of_any_radius_is_refused_before_the_first_image(run, capsys, monkeypatch):
+    path = run / "certify-eps0.02.jsonl"
+    assert command(certify.main, run, "--eps", "0.02", "--samples", 2, "--timeout", 9) == 0
+    before = path.read_bytes()
+    monkeypatch.setattr(certify, "certify", lambda *args, **options: pytest.fail("too late"))
+    for content, words in ((before, "timeout is 9.0 there"), (b"else\n", "no file of verdicts")):
+        path.write_bytes(content)
+        assert command(certify.main, run, "--eps", "0.04", "0.02", "0.05") == 2
+        assert words in capsys.readouterr().err and path.read_bytes() == content
+    path.unlink()
+
+
 def test_what_one_radius_says_about_another():
     point = torch.zeros(1)
     of = lambda status, **more: {0.1: {0: Verdict(status, "box", 0.5, 3.0, **more)}}
@@ -148,10 +160,14 @@ def test_weights_that_do_not_fit_and_hostile_files_are_refused(tmp_path, capsys)
         read_weights(tmp_path / "nowhere", net)
     assert not (tmp_path / "executed").exists()
     run = ["run", "--weights", "w", "--net", "mlp", "--dataset", "digits"]
-    for words in (["--net", "mlp"], run,
-                  ["run", "--eps", "0.1", "0.2", "--out", "o"]):
+    for words, mend in ((["--net", "mlp"], "--net: it is for --weights FILE"),
+                        (run, "--weights: takes no run folder; leave out run"),
+                        (run[1:3], "--weights: give --net and --dataset, too"),
+                        (run[1:5], "--weights: give --dataset, too"),
+                        (["run", "--eps", "0.1", "0.2", "--out", "o"], "--out: one file")):
         assert command(certify.main, *words) == 2
-        assert capsys.readouterr().err.startswith("certify.py: error: argument --")
+        err = capsys.readouterr().err
+        assert err.startswith("certify.py: error: argument " + mend) and err.count("\n") == 1
 
 
 def test_the_order_of_the_tensors_counts_only_where_their_names_say_nothing(tmp_path):

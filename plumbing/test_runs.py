@@ -235,6 +235,21 @@ def test_a_run_is_also_named_by_its_checkpoint(tmp_path, monkeypatch, capsys):
     assert command(train.main, "--resume", "run/checkpoint.pt") == 0
     assert capsys.readouterr().out.splitlines()[-7:] == table
     assert train.load_run("run/checkpoint.pt")[1]["out"] == "run"
+    for name in ("checkpoint.pt", "log.csv"):
+        assert command(certify.main, f"run/{name}", "--samples", 2, "--timeout", 1) == 0
+        assert "verdicts in run/certify-eps0.1.jsonl" in capsys.readouterr().out
+
+
+def test_another_data_set_is_not_that_of_a_run(tmp_path, monkeypatch, capsys):
+    """Nothing is looked for, or downloaded."""
+    monkeypatch.chdir(tmp_path)
+    assert command(train.main, "--out", "run", *QUICK) == 0
+    for main, words in ((certify.main, ["run"]), (train.main, ["--resume", "run"])):
+        for other in ("mnist", "own.npz"):
+            capsys.readouterr()
+            assert command(main, *words, "--dataset", other) == 2
+            told = capsys.readouterr()
+            assert f"--dataset {other}: run was trained on digits" in told.err and not told.out
 
 
 def test_an_interrupt_is_answered_at_once(tmp_path, monkeypatch, capfd):
@@ -265,6 +280,8 @@ def test_progress_and_the_log_by_hand():
     line = runs.progress_line(now, 2, 2, 3, config, 3.14e-12, numbers, 14.4)
     assert line == ("epoch 2/4  batch 2/3  eps 3.1e-12 of 0.0078  loss 2.5000  certified 75.0 %  "
                     "3 samples/s  0:00:14 left")
+    huge = runs.progress_line(now, 2, 2, 3, config, 2 / 255, torch.tensor([4.1e19, 0, 1]), 14.4)
+    assert "  loss 4.1e+19  " in huge
     assert "  eps 0.0078  " in runs.progress_line(now, 2, 2, 3, config, 2 / 255, numbers, 14.4)
     row = runs.log_row(now, 2, 0.05, 0.01, 20)
     assert row == pytest.approx(dict(epoch=2, eps=0.05, lr=0.01, sigma=0.2, loss=2, certified=0.5,

@@ -11,6 +11,7 @@ import math
 import time
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -94,25 +95,34 @@ def open_log(path, header, read=dict):
     The first line of the file is its settings. A file of other settings is never touched; a last
     line that an interrupt cut short is dropped. Raises InputError.
     """
-    known, file = {}, open(path, "a")
+    file = open(path, "a")
     claim(file, path)
-    if path.stat().st_size:
-        lines = path.read_bytes().split(b"\n")[:-1]            # what ends in a newline is complete
-        try:
-            other = differences(unsealed(lines[0]), header) if lines else ""
-            for row in map(unsealed, [] if other else lines[1:]):
-                known[row["index"]] = read(row)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{path} is damaged, or no file of verdicts; choose another file with "
-                             "--out, or delete it") from None
-        if other:
-            raise InputError(f"{path} holds other results: {other}. Go on with what it has, choose "
-                             "another file with --out, or delete it")
-        with open(path, "r+b") as f:
-            f.truncate(sum(len(line) + 1 for line in lines))
-    if not path.stat().st_size:
+    known, complete = read_log(path, header, read)
+    file.truncate(complete)
+    if not complete:
         print(sealed(header), file=file, flush=True)
     return known, file
+
+
+def read_log(path, header, read=dict):
+    """What path holds, {index: read(row)}, and how many bytes of it are complete lines; nothing if
+    it is not there. Raises InputError for other settings than header has, and for other files."""
+    known, lines = {}, []
+    try:
+        with suppress(FileNotFoundError):
+            lines = path.read_bytes().split(b"\n")[:-1]        # what ends in a newline is complete
+        other = differences(unsealed(lines[0]), header) if lines else ""
+        for row in map(unsealed, [] if other else lines[1:]):
+            known[row["index"]] = read(row)
+    except OSError as e:
+        raise InputError(f"--out {path} cannot be read ({e.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path} is damaged, or no file of verdicts; choose another file with "
+                         "--out, or delete it") from None
+    if other:
+        raise InputError(f"{path} holds other results: {other}. Go on with what it has, choose "
+                         "another file with --out, or delete it")
+    return known, sum(len(line) + 1 for line in lines)
 
 
 def differences(there, here):
