@@ -22,7 +22,7 @@ from plumbing.runs import LOG
 
 NAME = {"box": "box (IBP)", "crown-ibp": "CROWN-IBP", "deeppoly": "DeepPoly",
         "alpha-crown": "alpha-CROWN", "sabr": "SABR", "mtl-ibp": "MTL-IBP",
-        "staps": "STAPS", "taps": "TAPS",
+        "staps": "STAPS", "taps": "TAPS", "deepz": "DeepZ",
         "grad": "grad", "rgs": "RGS", "pgpe": "PGPE"}
 CLAIMS = [  # (relax, opt) against (relax, opt)
     (("deeppoly", "grad"), ("box", "grad")), (("crown-ibp", "grad"), ("box", "grad")),
@@ -43,6 +43,15 @@ def table_cells(name):
     return {m: cells for m, cells in found.items() if cells}
 
 
+def merged(names):
+    """The cells of one table and of those that were added to it later, as TABLE+TABLE."""
+    found = {}
+    for name in names.split("+"):
+        for (relax, opt), cells in table_cells(name).items():
+            found["deepz" if name.endswith("-deepz") else relax, opt] = cells
+    return found
+
+
 def percent(cells, key):
     return [100 * c[key] / c["n"] for c in cells]
 
@@ -60,7 +69,7 @@ def results_table(name):
     lines = ["| loss, gradient | natural, % | not attacked, % | certified up to DeepPoly, % | "
              "**certified, %** | unknown, of all runs | training, s | settings | seeds |",
              "|---|---|---|---|---|---|---|---|---|---|"]
-    for method, cells in table_cells(name).items():
+    for method, cells in merged(name).items():
         columns = [", ".join(NAME[m] for m in method), spread(percent(cells, "natural")),
                    f"{mean(100 * (c['natural'] - c['attacked']) / c['n'] for c in cells):.1f}",
                    f"{mean(100 * up_to(c, 'deeppoly') / c['n'] for c in cells):.1f}",
@@ -74,7 +83,6 @@ def results_table(name):
 
 
 TITLE = {"digits": "digits", "digits-long": "digits, longer",
-         "digits-taps": "digits", "digits-long-taps": "digits, longer",
          "mnist-small-0.1": "MNIST, 0.1, small", "mnist-cnn3-0.1": "MNIST, 0.1",
          "mnist-cnn3-0.3": "MNIST, 0.3",
          "cifar10-cnn3": "CIFAR-10, 2/255"}
@@ -82,7 +90,7 @@ TITLE = {"digits": "digits", "digits-long": "digits, longer",
 
 def summary(names):
     """What is certified: a row for each table and gradient, a column for each loss."""
-    found = {name: table_cells(name) for name in names.split(",")}
+    found = {name.split("+")[0]: merged(name) for name in names.split(",")}
     losses = list(dict.fromkeys(relax for cells in found.values() for relax, _ in cells))
     lines = ["| certified, % | " + " | ".join(NAME[relax] for relax in losses) + " |",
              "|" + "---|" * (len(losses) + 1)]
