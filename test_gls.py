@@ -1336,6 +1336,9 @@ def test_regularizers_by_hand():
     # tightness: relu(.5 - .1/2)/.5 = .9; nothing is stable, so its balance is skipped, not 0/0
     both = train.regularizers([first, (wide - 2, wide + 2)], 0.1)
     assert both.item() == pytest.approx((.6 + .9) / 2 + .5 / 2)
+    for unit in (1e-15, 1e-8, 1e6):                                    # of the layer and the pixels
+        assert train.regularizers([(unit * first[0], unit * first[1])],
+                                  0.1 * unit).item() == pytest.approx(1.1)
 
 
 def test_eps_schedule():
