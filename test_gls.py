@@ -736,6 +736,9 @@ def test_regularizers_by_hand():
     l = torch.zeros(1, 2, 3, requires_grad=True)           # dead: no width, and no gradient of it
     train.regularizers([(l, 0 * l)], 0.1).sum().backward()
     assert l.grad.tolist() == torch.zeros(1, 2, 3).tolist()
+    for unit in (1e-15, 1e-8, 1e6):                                    # of the layer and the pixels
+        assert train.regularizers([(unit * first[0], unit * first[1])],
+                                  0.1 * unit).item() == pytest.approx(1.1)
 
 
 def test_eps_schedule():

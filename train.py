@@ -277,12 +277,13 @@ def regularizers(bounds, radius, total=lambda t: t):
         c, r = (l + u) / 2, (u - l) / 2
         c_sum, r_sum, images = sums(c, r, torch.ones_like(c[:, :, :1]))
         n = images * c.shape[2]
-        tightness.append(F.relu(0.5 - radius / (r_sum / n).clamp(min=1e-12)) / 0.5)
+        tightness.append(F.relu(0.5 - radius / (r_sum / n).clamp(min=1e-18)) / 0.5)
         active, inactive = l > 0, u < 0
         spread = (c - (c_sum / n)[:, None, None]).square()
         both = sums(c * active, -c * inactive, spread * active, spread * inactive)
-        defined = (both > 1e-12).all(0)
-        m_v = torch.where(defined, both, 1.0).unflatten(0, (2, 2))                  # (2, 2, P)
+        both = both.unflatten(0, (2, 2))                                            # (2, 2, P)
+        defined = (both > 1e-12 * both.amax(1, keepdim=True)).all(0).all(0)
+        m_v = torch.where(defined, both, 1.0)
         ratios = m_v[:, 0] / m_v[:, 1]
         off_balance = F.relu(0.5 - torch.minimum(ratios, 1 / ratios)) / 0.5
         balance.append(torch.where(defined, off_balance.sum(0), 0.0))
@@ -501,8 +502,7 @@ def trial(net, x, y, config, device):
     """A gradient estimate at a fraction of the radius, as a function of that; it changes nothing
     and is for its time, with a part of a minibatch: of fewer images most of it would be fixed."""
     size, theta = config["batch_size"], parameters_to_vector(net.parameters()).detach()
-    n = min(size, max(64, size // 4))
-    x, y = x[:n].to(device), y[:n].to(device)
+    x, y = (t[:min(size, max(64, size // 4))].to(device) for t in (x, y))
     sigma, noise = torch.tensor(config["sigma"], device=device), torch.Generator(device)
     return lambda full: estimate(losses_of_step(net, x, y, full * config["eps_train"], config),
                                  theta, sigma, config, noise)[0].item()

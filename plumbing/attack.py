@@ -2,6 +2,8 @@
 
 Letters in shape comments: P parameter vectors, B samples, K classes.
 """
+from copy import deepcopy
+
 import torch
 import torch.nn.functional as F
 
@@ -65,8 +67,12 @@ def restarts_of(net, x, y, eps, restarts, seed):
         yield (target, low + (high - low) * place) if r else (None, None)
 
 
+@torch.inference_mode(False)               # whatever the caller's mode: it needs gradients
+@torch.enable_grad()
 def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
     """The worst points that so many descents find, (B, ...), exactly inside the ball."""
+    if any(t.is_inference() for t in (x, y, *net.state_dict().values())):    # these give none
+        net, x, y = deepcopy(net), x.clone(), y.clone()
     best, lowest = x.clone(), x.new_full([len(x)], torch.inf)
     for target, start in restarts_of(net, x, y, eps, restarts, seed):
         points, margins = descend(net, x, y, eps, steps, target, start)

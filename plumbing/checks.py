@@ -7,6 +7,7 @@ whose words are the same everywhere; those for networks are in reading.py.
 import math
 import numbers
 from copy import deepcopy
+from fractions import Fraction
 
 import torch
 import torch.nn as nn
@@ -17,8 +18,8 @@ FLOATS = torch.float32, torch.float64
 
 
 def is_plain(t):
-    """Is it a tensor of PyTorch's own, not of a subclass, whose operations may be others?"""
-    return type(t) in (torch.Tensor, nn.Parameter)
+    """Is it a dense tensor of PyTorch's own, not of a subclass, whose operations may be others?"""
+    return type(t) in (torch.Tensor, nn.Parameter) and t.layout == torch.strided
 
 
 def check_images(x):
@@ -104,7 +105,8 @@ def as_labels(y, x, K=None):
 def check_radius(eps):
     """Raises ValueError unless eps is one number, 0 <= eps < infinity."""
     single = torch.is_tensor(eps) and eps.dim() == 0 and eps.dtype in FLOATS
-    if not (single or isinstance(eps, numbers.Real)) or not 0 <= eps < math.inf:
+    real = isinstance(eps, numbers.Real) and not isinstance(eps, (bool, Fraction))
+    if not (single or real) or not 0 <= eps < math.inf:
         shown = f"a tensor {tuple(eps.shape)}" if torch.is_tensor(eps) and eps.dim() else eps
         raise ValueError(f"eps={shown} has to be a radius in pixels, 0 <= eps < infinity: one "
                          "number for all images")

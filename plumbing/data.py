@@ -131,6 +131,7 @@ def _check_dataset(name, x_train, y_train, x_test, y_test, classes):
     for each thing that is allowed, but is probably a mistake."""
     if classes is None:
         warn_of_images(name, x_train)
+        _ = warn_of_the_dark(name, x_train, "train") or warn_of_the_dark(name, x_test, "test")
     parts = [(x_train, y_train, "train"), (x_test, y_test, "test")]
     x_train, x_test = (_images(x, f"{name}: x_{part}") for x, _, part in parts)
     y_train, y_test = (_labels(y, f"{name}: y_{part}", len(x)) for x, y, part in parts)
@@ -189,9 +190,18 @@ def warn_of_images(name, x):
     if x.ndim == 4 and x.shape[1] == x.shape[2] > x.shape[3] and not is_channels_last(x.shape):
         warn(f"{name}: x_train {x.shape} is read as {x.shape[1]} channels of {x.shape[2]} x "
              f"{x.shape[3]} pixels; if its channels come last, store x.transpose(0, 3, 1, 2)")
-    if x.dtype == np.uint8 and x.size and x.max() < 64:
-        warn(f"{name}: x_train is uint8 and has no value above {x.max()}; it is divided by 255, so "
-             f"that all is dark: if {x.max()} is white, store x / {x.max()} as float32")
+
+
+def warn_of_the_dark(name, x, part):
+    """Images without a bright pixel, divided by 255 once too often, probably. Says if it warned."""
+    high = x.max() if x.size and (x.dtype == np.uint8 or x.dtype.kind == "f") else 255
+    dark = 0 <= high < (64 if x.dtype == np.uint8 else 0.25)
+    if dark:
+        how = "is uint8 and " * (x.dtype == np.uint8)
+        warn(f"{name}: x_{part} {how}has no value above {high:.4g}; "
+             + "it is divided by 255, so that " * (x.dtype == np.uint8)
+             + f"all is dark: if {high:.4g} is white, store x / {high:.4g} as float32")
+    return dark
 
 
 def warn_of_labels(name, y, classes):

@@ -86,7 +86,8 @@ def members_at_once(net, config):
     most = 16 * config["parts"]
     if config["device"] != "cpu":
         return most
-    x, neurons = torch.zeros(1, *config["input_shape"]), 0
+    like, neurons = next(net.parameters(), torch.zeros(())), 0
+    x = like.new_zeros(1, *config["input_shape"])
     with torch.no_grad():
         for layer in net.modules():
             if isinstance(layer, torch.nn.ReLU):

@@ -55,11 +55,9 @@ def read_layers(net, in_shape, params, affine, reshape):
         own = tensors_of(module)
         shape = shape_after(module, kind, own, before, where)
         if kind not in reshape:
+            check_plain(own, where)
             tensors = {n: stacked(t) for n, t in own.items()}
-            for n, t in tensors.items():
-                if not is_plain(t):
-                    raise ValueError(f"{where} has a {n} that is a {type(t).__name__} and may "
-                                     "compute something else than a tensor")
+            check_plain(tensors, where)                                # those of params, too
             entries.append(Entry(plain(module, kind, own), tensors, before, shape))
     if len(shape) != 1 or not any(entry.module for entry in entries):
         raise ValueError(f"the network ends in the shape {shape}, not in logits; "
@@ -170,6 +168,14 @@ def check_layer(module, kind, where, known):
     if getattr(module, "mode", "") == "bicubic" or divisor < 0 or value != 0:
         raise ValueError(f"{where} has negative coefficients and no weight, or pads with another "
                          "value than 0, which is not supported")
+
+
+def check_plain(tensors, where):
+    for name, t in tensors.items():
+        if not is_plain(t):
+            kind = f"{type(t).__name__} ({t.layout})"
+            raise ValueError(f"{where} has a {name} that is a {kind}, not a dense torch.Tensor, "
+                             "and may compute something else")
 
 
 def tensors_of(module):

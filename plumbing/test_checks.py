@@ -4,6 +4,7 @@ import random
 import sys
 import time
 from copy import deepcopy
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,13 @@ def of_subclass(net):
     return net
 
 
+def sparse(net):
+    net[3].weight = nn.Parameter(net[3].weight.detach().to_sparse())
+    return net
+
+
 MISTAKES = {
-    "net": [computed, of_subclass, changed, hooked, with_layer(3, nn.LazyLinear(8)),
+    "net": [computed, of_subclass, sparse, changed, hooked, with_layer(3, nn.LazyLinear(8)),
             with_layer(0, nn.LazyConv2d(3, 3, padding=1)), with_layer(5, nn.Linear(8, 1)),
             with_layer(4, nn.Sigmoid()), with_layer(5, nn.Linear(9, 4)),
             with_layer(3, nn.utils.weight_norm(nn.Linear(48, 8))),
@@ -92,7 +98,8 @@ MISTAKES = {
           lambda y: [[1], [2, 3], 4, 5, 6], lambda y: "01234", lambda y: None, lambda y: {0: 1},
           lambda y: np.array([1, None, 2, 3, 1]), lambda y: torch.full((5,), 255).byte(),
           lambda y: y.to(torch.complex64)],
-    "eps": [-0.1, nan, inf, None, "0.1", [0.1], some, torch.full((5, 1, 1, 1), 0.1), 1j, {},
+    "eps": [True, Fraction(1, 10), -0.1, nan, inf, None, "0.1", [0.1], some, 1j, {},
+            torch.full((5, 1, 1, 1), 0.1),
             np.full(5, 0.1), torch.tensor([0.1]), torch.tensor(-1.0), torch.tensor(nan)],
     "batch": [-1, 0, 2.5, nan, inf, "3", None, [1], 2 ** 70],
     "steps": [-1, 1.5, nan, inf, None, "40", [40], 2 ** 64],
@@ -179,6 +186,29 @@ def test_a_mistake_in_the_shape_of_labels_or_radii_is_one_line_with_the_mend():
                                ("eps", lambda eps: torch.full((5, 1, 1, 1), eps), "a tensor (5, ")):
         words = words_of(certify.certify, name, change)
         assert mend in words and "\n" not in words
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluate_answers_alike_in_every_mode(mode):
+    """Also where the network and its images were made in it."""
+    there = {name: hits.tolist() for name, hits in train.evaluate(**right()).items()}
+    with mode():
+        here = train.evaluate(**right())
+    assert {name: hits.tolist() for name, hits in here.items()} == there
+
+
+def test_fit_does_not_depend_on_the_default_dtype():
+    losses = []
+    for dtype in (torch.float32, torch.float64):
+        arguments = right()
+        torch.set_default_dtype(dtype)
+        try:
+            row, = train.fit(*map(arguments.get, ("net", "x", "y")), "cpu", lambda line: None,
+                             epochs=1, ramp=0)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        losses.append(row["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_labels_may_be_a_list_or_an_array_of_any_integers():

@@ -243,6 +243,10 @@ def test_bad_npz(tmp_path, change, message):
     (dict(y_train=np.arange(12) % 4 * 9, y_test=np.arange(4) * 9), ["24 of 28", "0 to 27"]),
     (dict(x_train=np.ones((12, 8, 8), np.uint8), x_test=np.ones((4, 8, 8), np.uint8)),
      ["no value above 1;", "x / 1 as float32"]),
+    (dict(x_train=np.full((12, 8, 8), 1 / 255), x_test=np.full((4, 8, 8), 1 / 255)),
+     ["x_train has no value above 0.003922; all is dark"]),
+    (dict(x_train=np.ones((12, 8, 8)), x_test=np.ones((4, 8, 8), np.uint8)),
+     ["x_test is uint8 and has no value above 1; it is divided by 255"]),
     (dict(x_train=np.full((12, 8, 8), 16, np.uint8), x_test=np.ones((4, 8, 8), np.uint8)),
      ["no value above 16;"]),
     (dict(y_train=(np.arange(12) % 4)[:, None], y_test=np.arange(4)[:, None]), [])])

@@ -181,7 +181,7 @@ def test_networks_that_cannot_be_bounded(layers, message):
     (dict(slope=lambda l, u: None), "slope(l, u) has to return a tensor like l"),
     (dict(slope=lambda l, u: torch.ones(3, 5)), "slope(l, u) has to return a tensor like l"),
     (dict(params={"0.weight": torch.zeros(2, 7, 6).as_subclass(type("T", (torch.Tensor,), {}))}),
-     "layer 0 (Linear) has a weight that is a T and may compute"),
+     "layer 0 (Linear) has a weight that is a T (torch.strided), not a dense"),
     (dict(params={"0.weight": torch.zeros(0, 7, 6)}), "one leading P >= 1"),
     (dict(y=torch.tensor([4])), "labels outside 0..3"),
     (dict(y=torch.tensor([0, 1])), "1 integer labels"),
