@@ -61,10 +61,10 @@ def train(x, y, eps=0.1, sigma=0.01, epochs=20, ramp=8, clip=10):
             radius = eps * (256 * t ** 4 if t < 1 / 4 else 16 * t - 3) / 13
             noise = sigma * torch.randn(len(theta), generator=generator)
             net.zero_grad()
-            for weights in (theta + noise, theta - noise):           # RGS: the mean gradient there
+            for weights, seen in zip((theta + noise, theta - noise), i.tensor_split(2)):       # RGS
                 vector_to_parameters(weights, net.parameters())
-                loss = torch.logsumexp(-margins(net, x[i], y[i], radius), 1).mean()
-                (loss / 2).backward()
+                losses = torch.logsumexp(-margins(net, x[seen], y[seen], radius), 1)
+                (losses.sum() / len(i)).backward()
             theta.grad = parameters_to_vector(p.grad for p in net.parameters())
             clip_grad_norm_([theta], clip)
             optimizer.step()

@@ -104,6 +104,8 @@ def with_defaults(settings, given, kind):
         config["eps_train"] = config["eps"]
     if config["opt"] == "grad":
         config |= dict(samples=1, sigma=0.0)
+    if "parts" not in given and config["samples"] % config["parts"]:
+        config["parts"] = 1
     return config
 
 
