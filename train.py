@@ -107,9 +107,8 @@ SETTINGS = {
     "kappa": Setting(0.0, unit, "weight of the natural loss; 0: only the bound counts", "here"),
     "l1": Setting(0.0, not_negative, "weight of the sum of the absolute weights",
                   "off; Shi's followers use 0 to 2e-5, by data set"),
-    "regularize": Setting(0.5, not_negative,
-                          "weight of the regularisers of Shi et al., falling to 0 over the ramp",
-                          "Shi"),
+    "regularize": Setting(0.5, not_negative, "weight of the regularisers of Shi et al., falling "
+                          "to 0 over the ramp", "Shi"),
     "clip": Setting(10.0, positive, "the largest norm of a gradient", "Shi"),
     "init": Setting("ibp", ("ibp", "default"), "initial weights: small, so that no interval "
                     "explodes, or PyTorch's; a network of your own keeps its weights", "Shi"),

@@ -23,7 +23,7 @@ from plumbing.for_tests import QUICK_RUN, command, stop_at, together, weights
     (3, "--opt rgs --relax crown-ibp --beta 0.5"), (2, "--opt pgpe --samples 12 --members 4"),
     (3, "--opt pgpe --samples 6 --members 2 --sigma-adapt parameter"),
     (2, "--opt pgpe --samples 12 --members 2 --parts 3 --sigma-adapt scalar"),
-    (2, "--opt rgs --parts 2"), (3, "--opt rgs --parts 2 --relax mtl-ibp")])
+    (2, "--opt rgs --parts 1"), (3, "--opt rgs --parts 2 --relax mtl-ibp")])
 def test_many_processes_give_the_result_of_one(tmp_path, monkeypatch, world, extra):
     """Bit by bit for pgpe, which adds up losses in the same order; else up to rounding."""
     monkeypatch.chdir(tmp_path)

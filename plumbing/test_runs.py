@@ -82,10 +82,10 @@ def test_fifty_kills_at_random_times_change_nothing(tmp_path, monkeypatch):
 
 def test_a_run_from_before_there_were_parts_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert command(train.main, *RUNS["rgs"].split(), "--out", "whole") == 0
+    assert command(train.main, *RUNS["rgs"].split(), "--parts", 1, "--out", "whole") == 0
     with monkeypatch.context() as m:
         stop_at(m, (2,), signal.SIGTERM)
-        assert command(train.main, *RUNS["rgs"].split(), "--out", "run") == 143
+        assert command(train.main, *RUNS["rgs"].split(), "--parts", 1, "--out", "run") == 143
     saved = torch.load("run/checkpoint.pt", weights_only=True)
     del saved["config"]["parts"]
     torch.save(saved, "run/checkpoint.pt")

@@ -79,6 +79,12 @@ def test_parts_share_out_every_minibatch(tmp_path, monkeypatch, words):
     assert len(calls) == 3 * int(re.search(r"--parts (\d)", words)[1])
 
 
+def test_rgs_has_parts_by_default_where_its_samples_can_use_them():
+    for words, parts in (("", 2), ("--samples 6", 2), ("--samples 3 --no-antithetic", 1),
+                         ("--samples 4 --parts 1", 1), ("--opt grad", 1), ("--opt pgpe", 1)):
+        assert train.parse_config(words.split())["parts"] == parts
+
+
 @pytest.mark.parametrize("words", ["--opt grad --parts 2", "--opt rgs --samples 4 --parts 3",
                                    "--opt pgpe --samples 12 --parts 4"])
 def test_parts_that_cannot_be_used_equally_often_are_refused(words, capsys):
