@@ -609,7 +609,7 @@ def main(argv=None):
         if resumed:
             stack.enter_context(locked(resumed))
             net, saved, training = load_run(resumed)
-            since = with_defaults(SETTINGS, saved, dataset_kind(saved["dataset"]))
+            since = with_defaults(SETTINGS, dict(parts=1) | saved, dataset_kind(saved["dataset"]))
             config = moved(since | dict(out=str(resumed)), config)     # what may be given again
         device = pick_device(config["device"].split(":")[0])
         stack.enter_context(process_group(device))
