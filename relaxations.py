@@ -78,8 +78,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, vjp, vmap
 
-from plumbing.checks import (as_labels, as_radii, check_bounds, check_images, check_numbers,
-                             check_whole)
+from plumbing.checks import (as_labels, as_radii, as_slopes, check_bounds, check_images,
+                             check_numbers, check_whole)
 from plumbing.memory import Budget
 from plumbing.precision import finite, full_precision
 from plumbing.reading import read_layers
@@ -461,18 +461,7 @@ def checked(slope):
     if not callable(slope):
         raise ValueError(f"slope={slope!r} is none of {', '.join(SLOPES)}, and no function (l, u)")
 
-    def rule(l, u):
-        slopes = slope(l, u)
-        try:
-            slopes = torch.as_tensor(slopes, dtype=l.dtype, device=l.device).expand_as(l)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError("slope(l, u) has to return a tensor like l") from None
-        outside = (slopes < 0) | (slopes > 1)
-        if (outside & (l < 0) & (u > 0)).any():
-            raise ValueError("slope(l, u) has to be in [0, 1]: other lines do not bound relu")
-        return slopes
-
-    return rule
+    return lambda l, u: as_slopes(slope(l, u), l, u)
 
 
 def with_lower(steps, slopes):

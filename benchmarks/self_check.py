@@ -1,6 +1,6 @@
 """Attack the bounds and verdicts of random networks: an unsound one is found sooner or later.
 
-    python benchmarks/self_check.py 100000       so many checks: about 40 minutes on one CPU core
+    python benchmarks/self_check.py 100000       so many checks: about 15 minutes of one CPU core
     python benchmarks/self_check.py              as many as you let it do; Ctrl-C shows the count
 
 Expect "0 contradictions", and exit status 0; anything else names the seeds that make them, one a

@@ -72,6 +72,19 @@ def as_radii(eps, x):
     return eps
 
 
+def as_slopes(slopes, l, u):
+    """What a rule for lower slopes returned, as a tensor like l. Raises ValueError where it leaves
+    [0, 1] and counts, at l < 0 < u."""
+    try:
+        slopes = torch.as_tensor(slopes, dtype=l.dtype, device=l.device).expand_as(l)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError("slope(l, u) has to return a tensor like l") from None
+    outside = (slopes < 0) | (slopes > 1)
+    if (outside & (l < 0) & (u > 0)).any():
+        raise ValueError("slope(l, u) has to be in [0, 1]: other lines do not bound relu")
+    return slopes
+
+
 def check_bounds(pairs, shapes, x):
     """Raises ValueError unless they are pairs (l, u) of tensors of these shapes, like x."""
     try:
