@@ -43,6 +43,7 @@ RUNS = HERE / "runs"
 FIRST = 40               # seconds of tests that run at once; after them, the others
 MEMORY = 12 * 2 ** 30    # bytes beyond which an error is a failure
 FORKS = multiprocessing.get_context("forkserver")
+PRELOADED = ["numpy", "pytest", "torch", "torch._dynamo"]      # the last by the first use of Adam
 
 
 # ----------------------------------------------- inside of pytest, which has this as a conftest.py
@@ -136,7 +137,7 @@ def child(folder, words, printed, environment, memory):
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)
-    sys.dont_write_bytecode = True
+    sys.dont_write_bytecode = False                    # of tests, whatever is set outside
     sys.path[:] = [p for p in sys.path if Path(p).resolve() not in (HERE, HERE / "benchmarks")]
     with open(printed, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -289,7 +290,7 @@ def main():
     if args.list:
         print("\n".join(map(show, drawn)))
         return
-    FORKS.set_forkserver_preload(["numpy", "pytest", "torch"])
+    FORKS.set_forkserver_preload(PRELOADED)
     os.environ["OMP_NUM_THREADS"] = "1"
     commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"],
                             capture_output=True, text=True).stdout.strip()

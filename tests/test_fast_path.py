@@ -7,7 +7,7 @@ import torch.nn as nn
 
 import relaxations
 import train
-from plumbing.for_tests import NETS, RELAXATIONS, make
+from plumbing.for_tests import NETS, RELAXATIONS, arrivals, make
 from relaxations import margin_lower_bounds, preactivation_bounds
 
 
@@ -152,3 +152,14 @@ def test_subdomains_are_bounded_alike_by_both(monkeypatch):
             found.append([*low, *trace, *relaxations.subdomain_bounds(network, sub, steps=3)])
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("relax", relaxations.RELAXATIONS)
+def test_the_budget_arrives_in_every_pass(relax, monkeypatch):
+    """Also in that by DeepPoly, which alpha-CROWN does not stay below."""
+    calls = arrivals(monkeypatch, relaxations, "Budget")
+    net, x, y = make("windows")
+    margin_lower_bounds(net, x, y, 0.1, relax, steps=1, memory=54_321)
+    preactivation_bounds(net, x, 0.1, relax, steps=1, memory=54_321)
+    assert len(calls) == 2 + (relax == "alpha-crown")
+    assert {given["memory"] for given, _ in calls} == {54_321}
