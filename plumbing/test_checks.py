@@ -177,3 +177,14 @@ def test_what_is_right_is_taken():
         found = certify.certify(net, x.clone().requires_grad_(), y, eps, batch=np.int64(2))
         assert {v.status for v in found} <= {"certified", "attacked"}
     assert certify.certify(net, x[:0], y[:0], 0.1) == []
+
+
+def test_the_first_step_of_a_training_checks_and_the_others_trust_it(monkeypatch):
+    trusted, bounds = [], train.preactivation_bounds
+    monkeypatch.setattr(train, "preactivation_bounds", lambda *args, **options: (
+        trusted.append(options["trusted"]), bounds(*args, **options))[1])
+    for _ in range(2):
+        net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        train.fit(net, torch.rand(6, 3), torch.tensor([0, 1] * 3), device="cpu", relax="box",
+                  opt="grad", eps=0.1, epochs=1, batch_size=2)
+    assert trusted == [False, True, True] * 2
