@@ -78,8 +78,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, vjp, vmap
 
-from plumbing.checks import (as_labels, as_radii, as_slopes, check_bounds, check_images,
-                             check_numbers, check_whole)
+from plumbing.checks import (as_labels, as_radii, as_rule, check_bounds, check_images,
+                             check_numbers, check_relaxation, check_whole)
 from plumbing.memory import Budget
 from plumbing.precision import finite, full_precision
 from plumbing.reading import read_layers
@@ -259,18 +259,34 @@ RESHAPE = nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dr
 
 
 class Network(NamedTuple):
-    """An nn.Sequential as read_network reads it."""
+    """An nn.Sequential as read_network reads it, which the heart bounds."""
     stages: list         # lists of Layers, with one ReLU between consecutive stages
-    shapes: list         # without the batch: of each ReLU's input and, last, of the logits
+    shapes: list         # without the batch: of each ReLU's input and, last, of the logits, (K,)
     P: int
 
+    def neurons(self, box, ask):
+        """The bounds before each ReLU: a Box of (P, B, N) for each, or of (1, B, N)."""
+        bound = partial(best_where_unstable, ascent=ask.ascent) if ask.ascent else lower_bound
+        return neurons(self.stages, box, ask.substitute, ask.slope, ask.skip_stable, bound)
 
-def read_network(net, in_shape, params=None):
+    def margins(self, box, y, bounds, ask):
+        """The bounds of the margins, (P, B, K)."""
+        eye = torch.eye(*self.shapes[-1]).to(box.lower)
+        rows = (eye[y][:, None] - eye).expand(self.P, -1, -1, -1)    # slopes are of each member
+        bound = partial(best_slopes, ascent=ask.ascent) if ask.ascent else lower_bound
+        return margins(self.stages, rows, bounds, box, ask.relax, ask.slope, bound)
+
+    def layouts(self):
+        """What each stage reads and, last, the logits, if the rows are not in PyTorch's order."""
+        return [()] * (len(self.stages) + 1)
+
+
+def read_network(net, in_shape, params=None, trusted=False):
     """The Network that an nn.Sequential is for inputs of in_shape; nested ones are read as one.
 
     Raises ValueError, naming the layer, for what cannot be bounded.
     """
-    P, entries, logits = read_layers(net, tuple(in_shape), params or {}, AFFINE, RESHAPE)
+    P, entries, logits = read_layers(net, tuple(in_shape), params or {}, AFFINE, RESHAPE, trusted)
     stages, shapes = [[]], []
     for module, tensors, before, after in entries:
         if module is None:                                                                # a ReLU
@@ -281,18 +297,16 @@ def read_network(net, in_shape, params=None):
     return Network(stages, [*shapes, logits], P)
 
 
-def prepare(net, x, eps, relax, params):
+def prepare(net, x, eps, relax, params, trusted=False):
     """Check the input; returns the Network and the input set as a Box (P, B, N). Normalisation, if
     it comes first, maps the box exactly, so it is applied to it and taken off the network."""
-    if relax not in RELAXATIONS:
-        raise ValueError(f"relax={relax!r} is not one of {', '.join(RELAXATIONS)}")
-    if relax == "alpha-crown" and torch.is_inference_mode_enabled():
-        raise ValueError("alpha-crown climbs along gradients, which torch.inference_mode() has "
-                         "none of; torch.no_grad() will do")
-    check_images(x)
-    network = read_network(net, x.shape[1:], params)
-    check_numbers(x, [layer.tensors for layers in network.stages for layer in layers])
-    eps = as_radii(eps, x)
+    if not trusted:
+        check_relaxation(RELAXATIONS, relax)
+        check_images(x)
+    network = read_network(net, x.shape[1:], params, trusted)
+    if not trusted:
+        check_numbers(x, [layer.tensors for layers in network.stages for layer in layers])
+        eps = as_radii(eps, x)
     box = Box(*(t.clamp(0, 1).flatten(1)[None] for t in (x - eps, x + eps)))
     first, *rest = network.stages
     while first and isinstance(first[0].module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -301,14 +315,14 @@ def prepare(net, x, eps, relax, params):
 
 
 def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=adaptive,
-                         skip_stable=False, memory=None, steps=STEPS):
+                         skip_stable=False, memory=None, steps=STEPS, trusted=False):
     """Sound bounds of every pre-activation over the ball of radius eps around x, clipped to [0, 1].
 
     Returns [(l, u), ...], one pair per ReLU in the order of the network, each shaped like the
     ReLU's input: (B, ...), or (P, B, ...) with params. Guarantee: l <= z(x') <= u for every x' in
     the ball. Arguments and errors are those of margin_lower_bounds.
     """
-    network, box = prepare(net, x, eps, relax, params)
+    network, box = prepare(net, x, eps, relax, params, trusted)
     ask = options(relax, slope, skip_stable, steps, Budget(memory, x))
     with full_precision(x):
         bounds = engine(network).neurons(box, ask)
@@ -317,11 +331,11 @@ def preactivation_bounds(net, x, eps, relax="deeppoly", params=None, *, slope=ad
 
 
 def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stable=False, *,
-                        slope=adaptive, intermediate=None, memory=None, steps=STEPS):
+                        slope=adaptive, intermediate=None, memory=None, steps=STEPS, trusted=False):
     """Sound lower bounds of the margins over the ball of radius eps around x, clipped to [0, 1].
 
-    Returns (B, K), or (P, B, K) with params: entry k is a lower bound of logit[y] - logit[k] for
-    every x' in the ball; entry y is 0. If all others are positive, x is certified at radius eps.
+    Returns (B, K), or (P, B, K) with params: entry k is a lower bound of logit[y] - logit[k] in the
+    ball, and entry y is 0. If all others are positive, x is certified at radius eps.
     Differentiable with respect to the parameters (and x).
 
     The rows logit[y] - logit[k] are multiplied into what follows the last ReLU before it is bounded
@@ -343,22 +357,23 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     slope: of the lower line of an unstable ReLU: a name of SLOPES, or a function (l, u) -> slope in
         [0, 1]. "alpha-crown" starts from it.
     intermediate: bounds before each ReLU to use instead, as preactivation_bounds returns them.
-    memory: a budget in bytes for the passes (None: see plumbing/memory.py): how many rows go down
-        at once, and how many passes are kept for backward. The least pass goes down whatever it
-        takes, and alpha-CROWN may take twice the budget.
+    memory: a budget in bytes for the passes, see plumbing/memory.py. The least pass goes down
+        whatever it takes, and alpha-CROWN may take twice the budget.
+    trusted: the like of these arguments was accepted before, as in training: nothing is checked.
 
     Raises ValueError for an unsupported layer (named), and for arguments that make no sense.
     """
-    network, box = prepare(net, x, eps, relax, params)
+    network, box = prepare(net, x, eps, relax, params, trusted)
+    if not trusted:
+        y = as_labels(y, x, *network.shapes[-1])
+        check_bounds(intermediate, bound_shapes(network, x, params), x)
     ask, machine = options(relax, slope, skip_stable, steps, Budget(memory, x)), engine(network)
-    y = as_labels(y, x, machine.K)
     with full_precision(x):
         if intermediate is None:
             bounds = machine.neurons(box, ask)
         else:
-            check_bounds(intermediate, bound_shapes(network, x, params), x)
-            bounds = [Box(*(t.reshape(network.P, len(x), -1) for t in pair))
-                      for pair in intermediate]
+            flat = lambda t: t.reshape(network.P, len(x), -1)
+            bounds = [Box(flat(l), flat(u)) for l, u in intermediate]
         low = machine.margins(box, y, bounds, ask)
     if relax == "alpha-crown" and intermediate is None:     # tighter bounds may flip a rule's slope
         deeppoly = margin_lower_bounds(net, x, y, eps, "deeppoly", params, skip_stable, slope=slope,
@@ -386,34 +401,13 @@ class Options(NamedTuple):
 def options(relax, slope, skip_stable, steps, budget):
     check_whole(0, steps=steps)
     substitute, ascent = relax in ("deeppoly", "alpha-crown"), steps * (relax == "alpha-crown")
-    return Options(relax, checked(slope), skip_stable, substitute, ascent, budget)
-
-
-class Engine(NamedTuple):
-    """The heart as it bounds a network. QuickEngine, of the fast path, has the same methods."""
-    stages: list
-    layouts: list        # what each stage reads and, last, the logits: (C, H, W), for QuickEngine
-    P: int
-    K: int
-
-    def neurons(self, box, ask):
-        """The bounds before each ReLU: a Box of (P, B, N) for each, or of (1, B, N)."""
-        bound = partial(best_where_unstable, ascent=ask.ascent) if ask.ascent else lower_bound
-        return neurons(self.stages, box, ask.substitute, ask.slope, ask.skip_stable, bound)
-
-    def margins(self, box, y, bounds, ask):
-        """The bounds of the margins, (P, B, K)."""
-        eye = torch.eye(self.K).to(box.lower)
-        bound = partial(best_slopes, ascent=ask.ascent)
-        rows = (eye[y][:, None] - eye).expand(self.P, -1, -1, -1)    # slopes are of each member
-        return margins(self.stages, rows, bounds, box, ask.relax, ask.slope, bound)
+    return Options(relax, as_rule(slope, SLOPES), skip_stable, substitute, ascent, budget)
 
 
 def engine(network):
-    """The fast one, if FAST and if it can read the network; else the heart's."""
+    """The network as the fast path reads it, if FAST and if it can; else as the heart does."""
     quick = read_ops(network) if FAST else None
-    return quick or Engine(network.stages, [()] * (len(network.stages) + 1), network.P,
-                           *network.shapes[-1])
+    return quick or network
 
 
 # =================================================================================== free choices
@@ -451,17 +445,6 @@ def parallel(l, u):
 
 
 SLOPES = dict(adaptive=adaptive, zero=zero, one=one, parallel=parallel)
-
-
-def checked(slope):
-    """The rule of that name, or the function; one that is not of this file raises ValueError where
-    it leaves [0, 1]."""
-    if slope in [*SLOPES, *SLOPES.values()]:
-        return SLOPES.get(slope, slope)
-    if not callable(slope):
-        raise ValueError(f"slope={slope!r} is none of {', '.join(SLOPES)}, and no function (l, u)")
-
-    return lambda l, u: as_slopes(slope(l, u), l, u)
 
 
 def with_lower(steps, slopes):
@@ -591,7 +574,7 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
     give the input and, from below upwards, the outputs of each ReLU.
     """
     machine = engine(network)
-    stages, layouts = machine.stages, machine.layouts
+    stages, layouts = machine.stages, machine.layouts()
 
     def by_relu(t):                                                          # (1, B, 1, N) each
         parts = t[None, :, None].split(sub.sizes, -1)
@@ -743,17 +726,14 @@ def is_dense(op, size):
 
 
 def read_ops(network):
-    """The QuickEngine of a network, or None."""
+    """The QuickNetwork of a Network, or None."""
     stages, source = [[] for _ in network.stages], ()      # source: shape of what the last Op gives
     for ops, layers in zip(stages, network.stages):
         for layer in layers:
             if not read_op(layer, ops, source):
                 return None
             source = ops[-1].out_shape
-    layouts = [source]
-    for ops in reversed(stages):
-        layouts.append(ops[0].in_shape if ops else layouts[-1])
-    return QuickEngine(stages, layouts[::-1], network.P, *network.shapes[-1])
+    return QuickNetwork(stages, network.shapes, network.P)
 
 
 def read_op(layer, ops, source):
@@ -1138,13 +1118,24 @@ def sizes_down(view, stages):
     return sizes
 
 
-class QuickEngine(Engine):
-    """Engine, with stages of Ops."""
+class QuickNetwork(Network):
+    """A Network, with stages of Ops."""
+
+    @property
+    def K(self):
+        return self.shapes[-1][0]
+
+    def layouts(self):
+        """What each stage reads and, last, the logits: (C, H, W) or (N,)."""
+        layouts = [[op for ops in self.stages for op in ops][-1].out_shape]
+        for ops in reversed(self.stages):
+            layouts.append(ops[0].in_shape if ops else layouts[-1])
+        return layouts[::-1]
 
     def neurons(self, box, ask):
         if not ask.substitute:
-            return Engine.neurons(self, box, ask)
-        return quick_neurons(self.stages, self.layouts, box, ask)
+            return Network.neurons(self, box, ask)
+        return quick_neurons(self.stages, self.layouts(), box, ask)
 
     def margins(self, box, y, bounds, ask):
         """Samples go down in passes; no row is spent on the margin of y over itself."""
@@ -1156,7 +1147,7 @@ class QuickEngine(Engine):
             box, bounds = Box(*map(F.relu, bounds[-1])) if bounds else box, []
             if K <= 32:
                 return self.box_of_few_classes(W, c, box, y)
-        stages, layouts = self.stages[:len(bounds)], self.layouts[-2 - len(bounds):]
+        stages, layouts = self.stages[:len(bounds)], self.layouts()[-2 - len(bounds):]
         maps = [hwc_box(pair, layout) for pair, layout in zip([box, *bounds], layouts)]
 
         def of_samples(b):
@@ -1174,7 +1165,7 @@ class QuickEngine(Engine):
     def box_of_few_classes(self, W, c, box, y):
         """The rows of all labels in one product, which serves all samples."""
         labels, which = y.unique(return_inverse=True)
-        W = chw(W, self.layouts[-2])
+        W = chw(W, self.layouts()[-2])
         A, d = (t.flatten(1, 2) for t in self.rows(W, c, labels))              # (P, L*(K-1), N)
         low = d[:, None] + box.lower @ A.mT + (box.upper - box.lower) @ minus(A).mT
         low = low.unflatten(2, (len(labels), -1))[:, torch.arange(len(y)), which]
@@ -1187,7 +1178,7 @@ class QuickEngine(Engine):
             *ops, last = ops
             W, c = hwc(last.weight, last.in_shape), last.bias
         else:
-            W = hwc(torch.eye(self.K), self.layouts[-1]).to(like).expand(self.P, -1, -1)
+            W = hwc(torch.eye(self.K), self.layouts()[-1]).to(like).expand(self.P, -1, -1)
             c = W.new_zeros(W.shape[:2])
         for op in reversed(ops):
             W, c = op.back(W, c)

@@ -297,8 +297,7 @@ def input_radius(net, x, eps, total=lambda t: t):
     if isinstance(first, nn.BatchNorm2d):                                           # normalisation
         low, high = first(low), first(high)
     widths = (high - low).abs().flatten(1).mean(1)
-    images = torch.ones_like(widths)
-    width, n = total(torch.stack([widths.sum(), images.sum()]))
+    width, n = total(torch.stack([widths.sum(), torch.ones_like(widths).sum()]))
     return width / n / 2
 
 
@@ -310,7 +309,8 @@ def small_box(x, points, eps, lam):
 
 def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa=0.0, l1=0.0,
                 regularize=0.0, skip_stable=False, slope="adaptive", beta=1.0, alpha=0.1, lam=0.4,
-                split=1, expand=5.0, slope_steps=3, certified=None, weight=1.0, total=lambda t: t):
+                split=1, expand=5.0, slope_steps=3, certified=None, weight=1.0, total=lambda t: t,
+                trusted=False):
     """The loss of a minibatch as a function (P, D) -> (P,) of parameter vectors, for gls.py.
 
         (1 - kappa) E[CE(-m, y)] + kappa E[CE(logits, y)] + l1 |weights|_1 + regularize * (...)
@@ -318,7 +318,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     CE(-m, y) bounds the largest cross-entropy in the ball from above. With loss="certified-error"
     the fraction of images with some m_k <= 0, whose gradient is zero, takes its place.
     certified: a list to which each call appends its certified fraction, averaged over P.
-    weight, total: for a part of a minibatch, see plumbing.processes.share."""
+    weight, total: for a part of a minibatch, see plumbing.processes.share.  trusted: see bounds."""
     center, radius = x, eps
     if relax in ATTACKING:
         points = attack(net, x, y, eps, steps=8, restarts=1)
@@ -326,8 +326,8 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
         center, radius = small_box(x, points, eps, lam)
     outputs = "box" if relax in BASELINES else relax
     neurons = "deeppoly" if relax == "alpha-crown" else outputs
-    bounds_of = partial(preactivation_bounds, slope=slope, skip_stable=skip_stable)
-    margins_by = partial(margin_lower_bounds, slope=slope, steps=slope_steps)
+    bounds_of = partial(preactivation_bounds, slope=slope, skip_stable=skip_stable, trusted=trusted)
+    margins_by = partial(margin_lower_bounds, slope=slope, steps=slope_steps, trusted=trusted)
     def losses(thetas):
         params = unflatten(thetas, net)
         bounds = bounds_of(net, center, radius, neurons, params)
@@ -460,14 +460,14 @@ def estimate(losses, theta, sigma, config, generator):
     return value, grad, None
 
 
-def losses_of_step(net, x, y, eps, config, certified=None):
+def losses_of_step(net, x, y, eps, config, certified=None, trusted=False):
     """robust_loss of each part of a minibatch (of all, if its images are fewer), whose average is
     its loss, by the settings in config; what depends on the ramp goes by eps / eps_train."""
     full = eps / config["eps_train"] if config["eps_train"] else 1.0
-    options = {k: config[k] for k in ("loss", "kappa", "l1", "skip_stable", "slope", "alpha", "lam",
-                                      "split", "expand", "slope_steps")}
+    options = {k: config[k] for k in ("relax", "loss", "kappa", "l1", "skip_stable", "slope",
+                                      "alpha", "lam", "split", "expand", "slope_steps")}
     options |= dict(regularize=config["regularize"] * (1 - full), certified=certified,
-                    beta=1 + (config["beta"] - 1) * full, relax=config["relax"])
+                    trusted=trusted, beta=1 + (config["beta"] - 1) * full)
     if full < 1 - 1e-9:                                  # in the ramp, as the authors' code does it
         options["relax"] = dict(taps="box", staps="sabr").get(config["relax"], config["relax"])
     parts = parts_of(x, y, config.get("parts", 1), shared=not samples_are_shared(config))
@@ -482,12 +482,12 @@ def why_not_finite(net, x, eps, config, grad):
     return first_not_finite(net, bounds, unflatten(grad[None], net))
 
 
-def take_step(net, theta, optimizer, sigma, x, y, eps, config, *, noise, where=""):
+def take_step(net, theta, optimizer, sigma, x, y, eps, config, *, noise, where="", trusted=False):
     """One step of the optimiser, on theta, in place: sigma after it, and (loss, certified fraction,
     gradient norm) before it, (3,). FloatingPointError instead, if they are not finite."""
     certified = []
     update_batchnorm(net, x)
-    losses = losses_of_step(net, x, y, eps, config, certified)
+    losses = losses_of_step(net, x, y, eps, config, certified, trusted)
     value, theta.grad, sigma_grad = estimate(losses, theta, sigma, config, noise)
     norm = clip_grad_norm_([theta], config["clip"])
     check_finite(value, norm, f"{where}, eps {eps:.4g}",
@@ -529,7 +529,7 @@ def train(net, x, y, config, device, folder, show=print, training=None, *, measu
     now = at_start(sigma)
     if training:
         now = restored(training, now, **generators)
-    size = config["batch_size"]
+    first, size = now["done"], config["batch_size"]          # the first step checks what is given
     steps = -(-len(x) // size)
     ramp = config["ramp"] * steps or 1                       # without one, full from the first step
     fractions = [eps_at((i + 1) / ramp, 1.0) for i in range(config["epochs"] * steps)]
@@ -547,7 +547,7 @@ def train(net, x, y, config, device, folder, show=print, training=None, *, measu
             optimizer.param_groups[0]["lr"] = lr_at(epoch, config)
             now["sigma"], numbers = take_step(
                 net, theta, optimizer, now["sigma"], xb, yb, eps, config, noise=noise,
-                where=f"epoch {epoch + 1}, batch {step + 1}")
+                where=f"epoch {epoch + 1}, batch {step + 1}", trusted=now["done"] > first)
             record(epoch, step, eps, numbers, len(images))   # it may save, and stop
     return now["rows"]
 

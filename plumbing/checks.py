@@ -85,8 +85,31 @@ def as_slopes(slopes, l, u):
     return slopes
 
 
+def check_relaxation(known, relax):
+    """Raises ValueError unless it is one of the known, and can be computed here."""
+    if relax not in known:
+        raise ValueError(f"relax={relax!r} is not one of {', '.join(known)}")
+    if relax == "alpha-crown" and torch.is_inference_mode_enabled():
+        raise ValueError("alpha-crown climbs along gradients, which torch.inference_mode() has "
+                         "none of; torch.no_grad() will do")
+
+
+def as_rule(slope, known):
+    """The rule of that name, or the function (l, u); one that is not of the known {name: function}
+    raises ValueError where it leaves [0, 1]."""
+    if slope in [*known, *known.values()]:
+        return known.get(slope, slope)
+    if not callable(slope):
+        raise ValueError(f"slope={slope!r} is none of {', '.join(known)}, and no function (l, u)")
+
+    return lambda l, u: as_slopes(slope(l, u), l, u)
+
+
 def check_bounds(pairs, shapes, x):
-    """Raises ValueError unless they are pairs (l, u) of tensors of these shapes, like x."""
+    """Raises ValueError unless they are pairs (l, u) of tensors of these shapes, like x; or None.
+    """
+    if pairs is None:
+        return
     try:
         got = [(t.shape, t.dtype, t.device) for l, u in pairs for t in (l, u)]
     except (AttributeError, TypeError, ValueError):

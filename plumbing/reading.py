@@ -36,14 +36,16 @@ class Entry(NamedTuple):
     out_shape: tuple
 
 
-def read_layers(net, in_shape, params, affine, reshape):
+def read_layers(net, in_shape, params, affine, reshape, trusted=False):
     """P, the Entries of an nn.Sequential for inputs of in_shape, and the number of logits as (K,).
 
     params: {name of net.state_dict(): (P, ...)}, tensors to read instead. affine, reshape: the
     classes that are accepted beside nn.ReLU; those of reshape change shapes only and are left out.
+    trusted: this network and the like of these params were read before, without it.
     """
-    check_net(net)
-    P, stacked = stack_tensors(net, params) if params else (1, lambda t: t[None])
+    if not trusted:
+        check_net(net)
+    P, stacked = stack_tensors(net, params, trusted) if params else (1, lambda t: t[None])
     entries, shape, known = [], in_shape, (nn.ReLU, *affine, *reshape)
     for name, module in flat_layers(net):
         kind, before = kind_of(module, known), shape
@@ -51,7 +53,8 @@ def read_layers(net, in_shape, params, affine, reshape):
         if kind is nn.ReLU:
             entries.append(Entry(None, {}, shape, shape))
             continue
-        check_layer(module, kind, where, known)
+        if not trusted:
+            check_layer(module, kind, where, known)
         own = tensors_of(module)
         shape = shape_after(module, kind, own, before, where)
         if kind not in reshape:
@@ -226,13 +229,21 @@ def shape_after(module, kind, tensors, shape, where):
     return tuple(after[0][1:])
 
 
-def stack_tensors(net, params):
+def stack_tensors(net, params, trusted=False):
     """P, and a function from a tensor of net to what params has in its place, or else to P times
     itself. A tensor with several names (tied weights) is the same under all of them."""
     own = dict(net.named_parameters(remove_duplicate=False))
     own |= dict(net.named_buffers(remove_duplicate=False))
     computed_from = {id(t) for name, t in own.items() if "parametrizations." in name}
     own = {name: t for name, t in own.items() if id(t) not in computed_from}
+    if not trusted:
+        check_params(params, own)
+    given = {id(own[name]): t for name, t in params.items()}
+    P = len(next(iter(params.values())))
+    return P, lambda t: given[id(t)] if id(t) in given else t.expand(P, *t.shape)
+
+
+def check_params(params, own):
     unknown = sorted(params.keys() - own.keys())
     sizes = {tuple(t.shape[:1]) for t in params.values()}
     if unknown or len(sizes) > 1 or (0,) in sizes or () in sizes:
@@ -242,8 +253,5 @@ def stack_tensors(net, params):
         if t.shape[1:] != own[name].shape:
             raise ValueError(f"params[{name!r}] is {tuple(t.shape)}, but the layer's is "
                              f"{tuple(own[name].shape)}")
-    given = {id(own[name]): t for name, t in params.items()}
-    if len(given) < len(params):
+    if len({id(own[name]) for name in params}) < len(params):
         raise ValueError("params has one tensor of net under several names; give it under one")
-    P = sizes.pop()[0]
-    return P, lambda t: given[id(t)] if id(t) in given else t.expand(P, *t.shape)

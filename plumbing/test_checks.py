@@ -284,3 +284,14 @@ def test_what_bounds_refuse_is_refused_in_their_words_and_before_the_attack(monk
     monkeypatch.setattr(certify, "margin_lower_bounds", lambda *args: sound(*args) + 0.01)
     with pytest.raises(ValueError, match="bounds and forward pass of the network differ by 0.01"):
         certify.certify(net, x, y, 0.1)
+
+
+def test_the_first_step_of_a_training_checks_and_the_others_trust_it(monkeypatch):
+    trusted, bounds = [], train.preactivation_bounds
+    monkeypatch.setattr(train, "preactivation_bounds", lambda *args, **options: (
+        trusted.append(options["trusted"]), bounds(*args, **options))[1])
+    for _ in range(2):
+        net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        train.fit(net, torch.rand(6, 3), torch.tensor([0, 1] * 3), device="cpu", relax="box",
+                  opt="grad", eps=0.1, epochs=1, batch_size=2)
+    assert trusted == [False, True, True] * 2

@@ -24,7 +24,7 @@ def test_the_heart_names_nothing_from_below_it_and_has_150_lines():
 
 
 HOUSE = Path(__file__).resolve().parents[1]
-MOST_LINES = {"relaxations.py": 1217, "train.py": 650, "certify.py": 600, "gls.py": 200,
+MOST_LINES = {"relaxations.py": 1201, "train.py": 650, "certify.py": 600, "gls.py": 200,
               "test_gls.py": 1500, "README.md": 150}
 
 
@@ -68,4 +68,4 @@ def test_one_step_runs_few_lines_of_the_heart(tmp_path, monkeypatch):
                    "--out", tmp_path / "run", *QUICK, "--ramp", 1) == 0
     assert len(steps) == 3
     method = [name for name, _ in lines if name in ("relaxations.py", "train.py", "gls.py")]
-    assert len(method) <= 240 and len(lines) <= 350        # the rest reads and checks what is given
+    assert len(method) <= 205 and len(lines) <= 300        # the rest reads what is given
