@@ -48,6 +48,7 @@ CASES = {  # name: (data set, network, batch, training radius, images and epochs
     "cnn3-256": ("mnist", "cnn3", 256, 0.1, 2000, 3),
     "cnn5": ("cifar10", "cnn5", 16, 2 / 255, 128, 2),
     "cnn7": ("cifar10", "cnn7", 1, 2 / 255, 128, 2),
+    "cnn7-bn": ("cifar10", "cnn7-bn", 1, 2 / 255, 128, 2),
 }
 ROWS = {  # name: (our options, auto_LiRPA's method and options)
     "box": (dict(relax="box"), "IBP", {}),
@@ -164,7 +165,7 @@ def best_mode(case, row, data_dir, device, keep):
 def measure(case, state, row, args):
     task = problem(case, state, args.data_dir, args.device)
     result = dict(case=case, state=state, row=row, batch=len(task[1]))
-    grads = [("forward", forward)] + [("forward+backward", with_gradient)] * (case != "cnn7")
+    grads = [("forward", forward)] + [("forward+backward", with_gradient)] * (not case.startswith("cnn7"))
     mode = best_mode(case, row, args.data_dir, args.device,
                      not args.fresh_memory) if args.peer else None
     for name, run in grads:

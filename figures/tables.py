@@ -219,7 +219,8 @@ def variants(name):
 
 
 CASE = {"digits": "CNN3 / digits", "cnn3": "CNN3 / MNIST", "cnn3-256": "CNN3 / MNIST",
-        "cnn5": "CNN5 / CIFAR-10", "cnn7": "CNN7 / CIFAR-10", "init": "initial",
+        "cnn5": "CNN5 / CIFAR-10", "cnn7": "CNN7 / CIFAR-10",
+        "cnn7-bn": "CNN7, BatchNorm / CIFAR-10", "init": "initial",
         "box": "trained by box", "deeppoly": "trained by DeepPoly"}
 ROW = {"box": "box", "crown-ibp": "CROWN-IBP", "deeppoly": "DeepPoly, textbook",
        "skip-stable": "DeepPoly, skip_stable"}
