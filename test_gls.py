@@ -667,7 +667,8 @@ def test_the_slope_reaches_the_loss_and_the_table(relax):
                              one=relaxations.one, parallel=relaxations.parallel)
     assert train.SETTINGS["slope"].limits == tuple(rules)
     for name, rule in rules.items():
-        config = train.parse_config(f"--relax {relax} --slope {name} --regularize 0".split())
+        words = f"--relax {relax} --opt grad --slope {name} --regularize 0"
+        config = train.parse_config(words.split())
         loss, = train.losses_of_step(net, x, y, config["eps"], config | dict(skip_stable=False))
         m = margin_lower_bounds(net, x, y, config["eps"], relax, slope=rule)
         values.append(nn.functional.cross_entropy(-m, y).item())

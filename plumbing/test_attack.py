@@ -24,11 +24,12 @@ def test_each_step_of_the_attack_forgets_the_one_before():
     """Else the memory of all steps would be held until the last."""
     is_leaf, W, x = [], torch.randn(12, 4), torch.rand(3, 1, 3, 4, requires_grad=True)
 
-    def net(z):
-        is_leaf.append(z.is_leaf)
-        return z.flatten(1) @ W
+    class Net(torch.nn.Module):
+        def forward(self, z):
+            is_leaf.append(z.is_leaf)
+            return z.flatten(1) @ W
 
-    train.attack(net, x, torch.tensor([0, 1, 2]), 0.1, steps=4, restarts=2)
+    train.attack(Net(), x, torch.tensor([0, 1, 2]), 0.1, steps=4, restarts=2)
     assert is_leaf == [True] * (2 * 5 + 1)
 
 

@@ -121,7 +121,8 @@ def test_taps_begins_when_the_ramp_is_over():
     net, x, y = make("windows", dtype=torch.float64)
     theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()[None]
     for relax, before in (("taps", "box"), ("staps", "sabr"), ("mtl-ibp", "mtl-ibp")):
-        config = train.parse_config(f"--relax {relax} --eps 0.3 --eps-train 0.05".split())
+        words = f"--relax {relax} --opt grad --eps 0.3 --eps-train 0.05"
+        config = train.parse_config(words.split())
         config["regularize"] = 0.0
         for eps, now in ((0.049, before), (train.eps_at(1.0, 0.05), relax)):
             loss, = train.losses_of_step(net, x, y, eps, config)
