@@ -294,7 +294,7 @@ def train_cell(words, data_dir):
         words = ["--resume", str(folder)]
     else:
         words = [*words, "--test-subset", "1", "--out", str(folder)]
-        if "--parts" not in words:                         # the default when the tables were made
+        if "rgs" in words and "--parts" not in words:       # its default when the tables were made
             words += ["--parts", "1"]
         shutil.rmtree(folder, ignore_errors=True)
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
