@@ -318,7 +318,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
     CE(-m, y) bounds the largest cross-entropy in the ball from above. With loss="certified-error"
     the fraction of images with some m_k <= 0, whose gradient is zero, takes its place.
     certified: a list to which each call appends its certified fraction, averaged over P.
-    weight, total: for a part of a minibatch, see plumbing.processes.share.  trusted: see bounds."""
+    weight, total: see plumbing.processes.share.  trusted: see margin_lower_bounds."""
     center, radius = x, eps
     if relax in ATTACKING:
         points = attack(net, x, y, eps, steps=8, restarts=1)
