@@ -132,7 +132,7 @@ def main():
     rows = [dict(index=v.index, status=v.status, stage=v.stage, seconds=round(v.seconds, 2),
                  attacking=round(v.seconds_by_stage.get("attack", 0.0), 4),
                  bound=v.bound if v.bound > -float("inf") else None) for v in verdicts]
-    common.write(args.out, **common.machine(args.device), case=args.case, eps=eps,
+    common.write(args.out, **common.machine(args.device, args.code), case=args.case, eps=eps,
                  timeout=args.timeout, seconds=seconds, summary=lines, results=rows)
 
 

@@ -19,9 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-def machine(device):
-    """Where and with what a number was measured."""
-    here = Path(__file__).parent
+def machine(device, code=None):
+    """Where and with what a number was measured. code: another checkout whose code it was."""
+    here = code or Path(__file__).parent
     git = lambda *args: subprocess.run(["git", "-C", str(here), *args], capture_output=True,
                                        text=True).stdout.strip()
     info = Path("/proc/cpuinfo")
@@ -34,9 +34,13 @@ def machine(device):
                 command=" ".join(["python", *placeless(sys.argv)]))
 
 
+PLACES = "--data-dir", "--checkout", "--peer", "--code", "--run", "--out"
+
+
 def placeless(words):
-    """A command line without where this machine has its data."""
-    return [word if before != "--data-dir" else "DIR" for before, word in zip(["", *words], words)]
+    """A command line without where this machine has its files."""
+    return [word if before not in PLACES else before.strip("-").upper()
+            for before, word in zip(["", *words], words)]
 
 
 def seconds(call, device):

@@ -262,7 +262,7 @@ def measured(name):
     lines = ["```text"]
     for file in files:
         run = benchmark(file)
-        command = re.sub(r"(--data-dir|--checkout|--peer) \S+", r"\1 DIR", run["command"])
+        command = re.sub(r"(--data-dir|--checkout|--peer|--code) \S+", r"\1 DIR", run["command"])
         command = re.sub(r"--out \S+", f"--out results/benchmarks/{file}.json", command)
         lines.append(f"{command}      # at {run['commit'][:7]}, {run['device']}, "
                      f"{run['threads']} threads, torch {run['torch']}")
@@ -343,9 +343,9 @@ def scaling(name):
 
 def reach(name):
     """The verdicts of benchmarks/certify.py, from results/benchmarks/NAME*.json."""
-    lines = ["| network, eps | images | natural, % | not attacked, % | "
+    lines = ["| network, eps | images | commit | natural, % | not attacked, % | "
              "certified up to DeepPoly, % | ... alpha-CROWN | ... branch and bound | unknown | "
-             "seconds |", "|" + "---|" * 9]
+             "seconds |", "|" + "---|" * 10]
     for path in sorted((experiments.RESULTS / "benchmarks").glob(f"{name}*.json")):
         run = benchmark(path.stem)
         verdicts, n = run["results"], len(run["results"])
@@ -354,7 +354,7 @@ def reach(name):
         natural, late = n - status["misclassified"], ("branch-and-bound", "alpha-crown")
         share = [natural, natural - status["attacked"],
                  *(len(stages) - sum(map(stages.count, late[:i])) for i in (2, 1)), len(stages)]
-        lines.append(f"| `{run['case']}`, {run['eps']:.3g} | {n} | "
+        lines.append(f"| `{run['case']}`, {run['eps']:.3g} | {n} | `{run['commit'][:7]}` | "
                      + " | ".join(f"{100 * k / n:.1f}" for k in share[:-1])
                      + f" | **{100 * share[-1] / n:.1f}** | {status['unknown']} | "
                      f"{sum(v['seconds'] for v in verdicts):.0f} |")
