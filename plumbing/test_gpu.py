@@ -9,6 +9,7 @@ import train
 
 ROOT = Path(train.__file__).parent
 sys.path.append(str(ROOT / "benchmarks"))
+import common                                                                      # noqa: E402
 import gpu                                                                         # noqa: E402
 
 
@@ -87,3 +88,9 @@ def test_the_whole_has_every_part_of_its_plan_in_order():
             train.parse_config(part.command[1:])                       # no option is misspelt
         if not part.name.endswith("tests"):
             assert "DIR" in part.command and "cuda" in part.command
+
+
+def test_a_recorded_command_says_nothing_of_where_files_were():
+    words = ["certify.py", "--run", "/a/b", "--samples", "4", "--code", "../c", "--out", "/d.json"]
+    assert common.placeless(words) == ["certify.py", "--run", "RUN", "--samples", "4",
+                                       "--code", "CODE", "--out", "OUT"]
