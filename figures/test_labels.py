@@ -1,4 +1,5 @@
 """The lines of results/*.jsonl say what they belong to."""
+import json
 import sys
 from pathlib import Path
 from statistics import mean
@@ -26,6 +27,22 @@ def test_lines_in_the_table_give_its_numbers(name):
         found = [cell for cell in mine if (cell["relax"], cell["opt"]) == method]
         ours, its = (mean(tables.percent(some, "certified")) for some in (found, of_page))
         assert ours == its
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_line_has_its_labels_written_into_it(name):
+    """What pandas reads: labels.py, run again, would change nothing."""
+    assert (experiments.RESULTS / f"{name}.jsonl").read_text().splitlines() == labels.labelled(name)
+
+
+def test_the_lines_in_the_table_alone_give_the_number_of_the_page():
+    """Read without any of our code, and without the lines of the sweeps, which make it another."""
+    lines = map(json.loads, (experiments.RESULTS / "digits.jsonl").read_text().splitlines())
+    cells = [cell for cell in lines if (cell["relax"], cell["opt"]) == ("box", "pgpe")]
+    certified = [100 * cell["certified"] / cell["n"] for cell in cells if cell["in_table"]]
+    page = (experiments.RESULTS / "README.md").read_text()
+    assert len(cells) > len(certified) == 5
+    assert "| box (IBP), PGPE | " in page and f"**{mean(certified):.1f} ± " in page
 
 
 # Measured while a file differed from the commit, and needing a quiet machine or the peer to be

@@ -278,7 +278,8 @@ def show_training(rows, config, show):
     guessing = math.log(classes) ** power
     show.done(f"trained {epochs} in {duration(last['seconds'])}: loss "
               f"{decimals(last['loss'])}, {100 * last['certified']:.1f} % certified in training")
-    if config["ramp"] < config["epochs"] and last["loss"] > 0.98 * guessing:
+    is_error = config.get("loss") == "certified-error"        # no cross-entropy to compare with
+    if not is_error and config["ramp"] < config["epochs"] and last["loss"] > 0.98 * guessing:
         more = last["loss"] / guessing - 1
         what = "about that" if more < 0.05 else f"{100 * more:.0f} % above that" if more < 1 else \
             f"{more + 1:.3g} times that"

@@ -136,3 +136,10 @@ def test_the_page_of_this_folder_names_each_of_its_modules():
     page = (folder / "README.md").read_text()
     modules = [p.name for p in folder.glob("*.py") if not p.name.startswith(("test_", "__"))]
     assert [name for name in modules if f"]({name})" not in page] == []
+
+
+def test_a_certified_error_is_not_compared_with_the_loss_of_guessing(capsys):
+    row = dict(loss=0.7, certified=0.3, seconds=1.0)
+    config = dict(classes=2, ramp=1, epochs=2, relax="box", loss="certified-error")
+    console.show_training([row], config, console.Progress())
+    assert not capsys.readouterr().err
