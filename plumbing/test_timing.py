@@ -57,3 +57,22 @@ def test_time_left_of_verdicts():
     assert verdicts.seconds_left(10.0, 50, 100, 25) == 10.0
     assert verdicts.seconds_left(10.0, 100, 100, 25) == 0.0
     assert verdicts.seconds_left(10.0, 3, 100, 1) == pytest.approx(10 * 97 / 3)
+
+
+@pytest.mark.parametrize("ramp, steps", [(1500, 4000), (4000, 4000)])
+def test_the_time_left_is_right_where_the_loss_changes_at_full_radius(monkeypatch, ramp, steps):
+    """taps is box until the ramp is over: 0.2 s for a step, then 1.1 s."""
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "time", lambda: clock[0])
+    cost = lambda fraction: 1.1 if fraction >= 1 - 1e-9 else 0.2
+    share = [train.eps_at((i + 1) / ramp, 1.0) for i in range(steps)]
+    left = timing.time_left(share, 0, lambda: {f: cost(f) / 4 for f in timing.FRACTIONS})
+    spent, said = [], []
+    for fraction in share:
+        clock[0] += cost(fraction)
+        said.append(left(cost(fraction)))
+        spent.append(clock[0])
+    really = spent[-1] - np.array(spent)
+    counts = (np.array(spent) > 60) & (really > 30)
+    assert (np.array(said)[counts] < 1.5 * really[counts]).all()
+    assert (1.5 * np.array(said)[counts] > really[counts]).all()

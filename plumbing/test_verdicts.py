@@ -106,3 +106,12 @@ def test_fuzzed_verdicts(tmp_path):
     path.write_text("[" * 10 ** 5 + "\n")
     with pytest.raises(train.InputError, match="damaged"):
         load()
+
+
+def test_a_file_where_the_counterexamples_belong_is_refused_before_the_first_image(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("v.counterexamples").write_text("")
+    with pytest.raises(verdicts.InputError, match="v.counterexamples"):
+        verdicts.write_verdicts(tmp_path / "v", dict(eps=0.1), [0], lambda *_: None,
+                                verdicts.verdict_of, "title")

@@ -8,7 +8,9 @@ import numpy as np
 
 from plumbing.processes import ranks
 
-FRACTIONS = 0.0, 1 / 16, 1 / 4, 1 / 2, 1.0          # of the radius, where a step is measured
+# Fractions of the radius, where a step is measured: just below the whole one, too, since a loss may
+# change its kind there (TAPS does).
+FRACTIONS = 0.0, 1 / 16, 1 / 4, 1 / 2, 1 - 1e-6, 1.0
 
 
 def seconds_at(step):

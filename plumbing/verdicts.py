@@ -186,6 +186,8 @@ def write_verdicts(path, header, labels, certify, read, title, *, batch=1):
     them all. Raises InputError.
     """
     n, points = len(labels), points_of(path)
+    if points.exists() and not points.is_dir():
+        raise InputError(f"{points} is a file, where the folder of the counterexamples belongs")
     known, file, todo = open_share(path, header, n, read)
     print(title + (f", {len(known)} verdicts already in {path}" if known else ""))
     begun, numbers = time.time(), itertools.count(1)
