@@ -161,8 +161,9 @@ def gaps(names):
 
 def source(name):
     cells = [c for cells in table_cells(name).values() for c in cells]
-    commits, processors = (sorted({c[k] for c in cells}) for k in ("commit", "processor"))
-    return [f"{len(cells)} runs of one thread each, {cells[0]['jobs']} at a time, on "
+    of_all = lambda key: sorted({c[key] for c in cells})
+    commits, processors, jobs = map(of_all, ("commit", "processor", "jobs"))
+    return [f"{len(cells)} runs of one thread each, {' or '.join(map(str, jobs))} at a time, on "
             f"{' and '.join(processors)}, torch {cells[0]['torch']}, at commit "
             f"{', '.join(commits)}; {sum(c['train_seconds'] + c['certify_seconds'] for c in cells) / 60:.0f} minutes of "
             "one thread, without tuning and sweeps. Mean ± standard deviation over seeds."]
