@@ -421,31 +421,33 @@ def _read_npz(path):
 
 def _download(urls, target, md5, by_hand):
     """Fetch the first of urls that answers and has the right MD5, under a temporary name first."""
-    problems, show = [], Progress()
-    for url in urls:
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            digest, done = hashlib.md5(usedforsecurity=False), 0
-            show(f"downloading {url}", force=True)
-            with urllib.request.urlopen(url, timeout=30) as source, open(temporary, "wb") as out:
-                total = int(source.headers.get("Content-Length") or 0)
-                size = f"{total / 1e6:.1f}" if total else "unknown"
-                show(f"downloading {url}: {size} MB", force=True)
-                while block := source.read(1 << 18):
-                    out.write(block)
-                    digest.update(block)
-                    done += len(block)
-                    show(f"downloading {url}: {done / 1e6:.1f} of {size} MB")
-            if digest.hexdigest() == md5:
-                os.replace(temporary, target)
-                show.done(f"downloaded {url}: {done / 1e6:.1f} MB, to {target}")
-                return
-            problems.append(f"{url}: wrong checksum")
-        except (OSError, ValueError) as e:                   # URLError and timeouts are OSErrors
-            problems.append(f"{url}: {e}")
-        finally:
-            temporary.unlink(missing_ok=True)
+    problems = []
+    with Progress() as show:                     # which says so while a server does not answer
+        for url in urls:
+            temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                digest, done = hashlib.md5(usedforsecurity=False), 0
+                show(f"downloading {url}", force=True)
+                answer = urllib.request.urlopen(url, timeout=30)
+                with answer as source, open(temporary, "wb") as out:
+                    total = int(source.headers.get("Content-Length") or 0)
+                    size = f"{total / 1e6:.1f}" if total else "unknown"
+                    show(f"downloading {url}: {size} MB", force=True)
+                    while block := source.read(1 << 18):
+                        out.write(block)
+                        digest.update(block)
+                        done += len(block)
+                        show(f"downloading {url}: {done / 1e6:.1f} of {size} MB")
+                if digest.hexdigest() == md5:
+                    os.replace(temporary, target)
+                    show.done(f"downloaded {url}: {done / 1e6:.1f} MB, to {target}")
+                    return
+                problems.append(f"{url}: wrong checksum")
+            except (OSError, ValueError) as e:               # URLError and timeouts are OSErrors
+                problems.append(f"{url}: {e}")
+            finally:
+                temporary.unlink(missing_ok=True)
     raise InputError(f"{target.name} could not be downloaded ({'; '.join(problems)}). "
                      f"Put {by_hand}, or name their folder with --data-dir")
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import socket
 import sys
 import tarfile
 import threading
@@ -19,6 +20,7 @@ import torch.nn as nn
 
 import certify
 import train
+from plumbing import data
 from plumbing.console import InputError
 from plumbing.data import CIFAR_FILE, CIFAR_PYTHON, MNIST_FILES, MNIST_RAW
 from plumbing.for_tests import (QUICK, command, fake_cifar, fake_cifar_python, fake_mnist, fuzz,
@@ -460,3 +462,16 @@ def test_bombs_and_foreign_paths(tmp_path):
             load()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 ** 20       # KiB
     assert not (tmp_path.parent / "test_batch.bin").exists()
+
+
+def test_a_server_that_does_not_answer_is_waited_for_aloud(tmp_path, monkeypatch, capsys):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        monkeypatch.setattr(data, "MNIST_MIRRORS", (url,))
+        urlopen = data.urllib.request.urlopen
+        monkeypatch.setattr("urllib.request.urlopen", lambda u, timeout: urlopen(u, timeout=3.6))
+        with pytest.raises(InputError, match="could not be downloaded"):
+            train.load_dataset("mnist", tmp_path)
+    assert "gz  (3 s ago)" in capsys.readouterr().out
