@@ -157,7 +157,7 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
     classes = net(x[:1]).shape[-1]
     restarts = classes if restarts is None else restarts
     settings = Settings(float(eps), timeout, list(stages), steps, restarts, seed, tolerance,
-                        classes, unit_of(net), slope)
+                        classes, unit_of(net, x), slope)
     verdicts = [Verdict(index=i) for i in range(len(x))]
     for start in range(0, len(x), batch):
         part = slice(start, min(start + batch, len(x)))

@@ -86,7 +86,6 @@ from plumbing.reading import read_layers
 
 # A bound computed with 10-bit mantissas is no bound; cuDNN would use them on convolutions.
 torch.backends.cudnn.allow_tf32 = False
-torch.backends.cuda.matmul.allow_tf32 = False
 
 RELAXATIONS = ("box", "crown-ibp", "deeppoly", "alpha-crown")
 FAST = True     # False: everything through the heart

@@ -255,7 +255,7 @@ def linked(points, l, u, c=0.5):
 
     def motion(end):
         share = F.relu(1 - (points - end.detach()).abs() / slack)
-        return torch.where(slack > 1e-5, share, 0.5) * (end - end.detach())
+        return torch.where(slack > 1e-5 * u.abs(), share, 0.5) * (end - end.detach())
     return points + motion(l) + motion(u)
 
 
@@ -380,7 +380,7 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
         return x.new_zeros(0)
     low = torch.cat([margin_lower_bounds(net, a, b, eps, relax, **options)
                      for a, b in zip(x.split(batch), y.split(batch))])
-    bound, scale = smallest(low, y), low.abs().amax(-1).clamp(min=unit_of(net))
+    bound, scale = smallest(low, y), low.abs().amax(-1).clamp(min=unit_of(net, x))
     close = bound.abs() < CLOSE * scale
     if close.any() and x.dtype != torch.float64:
         again = certified_margin(*in_float64(net, x[close], y[close]), eps, relax, batch, **options)

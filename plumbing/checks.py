@@ -241,7 +241,7 @@ def check_forward(net, x, y, margins, neurons):
     logits = twin(x)
     right = logits.gather(1, y[:, None]) - logits
     difference = (margins(twin, x, y, 0.0, "box") - right).abs().max()
-    if not difference > ROUNDING * max(unit_of(net), logits.abs().max()):
+    if not difference > ROUNDING * max(unit_of(twin, x), logits.abs().max()):
         return                                             # NaN weights are certified nowhere
     where = "some layer"
     layers = list(leaves(twin))

@@ -46,11 +46,13 @@ def read_run(path):
         found = json.loads((folder / "evaluation.json").read_text())
         if found["n"] < 1 or not all(0 <= k <= found["n"] for k in found["counts"].values()):
             raise ValueError("counts that are none")
-        return found, json.loads((folder / "config.json").read_text()) | {"eps": found["eps"]}
+        config = json.loads((folder / "config.json").read_text())
+        images = f"{config.pop('fingerprint', 0):08x}"     # their checksum: file names may repeat
+        return found, config | {"eps": found["eps"], "images": images}
     except FileNotFoundError as e:
         raise InputError(f"{e.filename}: no such file; python train.py --resume {folder} writes "
                          "it at the end of a run") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{folder}: its evaluation.json or config.json cannot be read "
                          f"({str(e) or type(e).__name__})") from None
 
@@ -61,22 +63,29 @@ def comparison(folders):
     runs = {folder: read_run(folder) for folder in map(str, folders)}
     configs = [config for _, config in runs.values()]
     names = list(dict.fromkeys(name for config in configs for name in config))
-    varied = [name for name in names if name not in MAY_CHANGE | {"fingerprint", "members"}
-              and any(config.get(name) != configs[0].get(name) for config in configs)]
+    differ = lambda name: any(config.get(name) != configs[0].get(name) for config in configs)
+    ignored = MAY_CHANGE - {"dataset"} if differ("images") else MAY_CHANGE
+    varied = [name for name in names if name not in ignored | {"members"} and differ(name)]
     kinds = list(dict.fromkeys(k for found, _ in runs.values() for k in found["counts"]))
     rows, groups = [["run", *varied, "n", *kinds]], defaultdict(list)
     for folder, (found, config) in runs.items():
-        settings = [brief(config.get(name)) for name in varied]
-        percent = [100 * found["counts"].get(k, 0) / found["n"] for k in kinds]
-        rows.append([folder, *settings, str(found["n"]), *(f"{p:.1f}" for p in percent)])
-        others = [s for name, s in zip(varied, settings) if name != "seed"]
-        groups[tuple(others)].append((settings, percent, found["n"]))
-    for group in [group for group in groups.values() if len(group) > 1 and "seed" in varied]:
-        settings = ["all" if name == "seed" else value for name, value in zip(varied, group[0][0])]
-        columns = zip(*(percent for _, percent, _ in group))
-        spread = [f"{mean(column):.1f} ± {stdev(column):.1f}" for column in columns]
-        rows.append([f"mean of {len(group)}", *settings, str(group[0][2]), *spread])
+        settings, n = [brief(config.get(name)) for name in varied], str(found["n"])
+        counts = [found["counts"].get(kind) for kind in kinds]
+        percent = [None if k is None else 100 * k / found["n"] for k in counts]
+        rows.append([folder, *settings, n, *(accuracy([p]) for p in percent)])
+        others = ["all" if name == "seed" else s for name, s in zip(varied, settings)]
+        groups[*others, n].append(percent)
+    for group, percents in groups.items():
+        if len(percents) > 1 and "seed" in varied:
+            rows.append([f"mean of {len(percents)}", *group, *map(accuracy, zip(*percents))])
     return aligned(rows)
+
+
+def accuracy(values):
+    """One in %, or the mean and the standard deviation of several; "-" where one is missing."""
+    if None in values:
+        return "-"
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def brief(value):

@@ -4,8 +4,8 @@ torch.set_float32_matmul_precision, the fp32_precision switches that followed it
 an environment variable of oneDNN let float32 products round their factors to 8 to 11 bits: fine for
 training, but no bound. On a CPU all of them act through oneDNN, so the bounds are computed without
 it while one is on; on a GPU they are refused. The user's settings stay as they are, but that the
-import of relaxations.py switches TF32 off. NVIDIA_TF32_OVERRIDE=1 acts inside of NVIDIA's
-libraries, whatever PyTorch is set to.
+import of relaxations.py switches off the TF32 of cuDNN, which is on by default.
+NVIDIA_TF32_OVERRIDE=1 acts inside of NVIDIA's libraries, whatever PyTorch is set to.
 """
 import os
 import threading

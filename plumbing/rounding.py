@@ -32,16 +32,19 @@ def in_float64(net, *tensors):
     return copies
 
 
-def unit_of(net):
-    """The unit of the network's margins: about the largest weight of its last layer that has any.
+@torch.no_grad()
+def unit_of(net, x):
+    """The unit of the network's margins: about how far one of its logits is spread over images.
 
     Constants that margins and the steps of multipliers are compared with count in it: so a factor
-    of that layer, which changes no prediction, does not change the search either. A power of two:
-    dividing by it and multiplying again is exact.
+    of the logits, which changes no prediction, does not change the search either, wherever in the
+    network it stands. The images are random and always the same, in the shape of x (n, ...): the
+    unit does not depend on who else is in a batch. A power of two: dividing by it and multiplying
+    again is exact.
     """
-    weights = [m.weight for m in net.modules() if torch.is_tensor(getattr(m, "weight", None))]
-    largest = weights[-1].abs().max().item() if weights else 1.0
-    power = round(math.log2(largest)) if 0 < largest < math.inf else 0
+    images = torch.rand(16, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    spread = net(images.to(x)).cpu().double().std(0).max().item()
+    power = round(math.log2(spread)) if 0 < spread < math.inf else 0
     return 2.0 ** min(max(power, -126), 126)               # it and its inverse are float32 numbers
 
 

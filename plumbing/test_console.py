@@ -1,12 +1,14 @@
 """The command line: what cannot be used is one line that names it, and help shows real defaults."""
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import certify
 import train
 from plumbing import console
-from plumbing.for_tests import command, weights
+from plumbing.for_tests import QUICK, command, weights
 
 
 @pytest.mark.parametrize("args, words", [
@@ -143,3 +145,15 @@ def test_a_certified_error_is_not_compared_with_the_loss_of_guessing(capsys):
     config = dict(classes=2, ramp=1, epochs=2, relax="box", loss="certified-error")
     console.show_training([row], config, console.Progress())
     assert not capsys.readouterr().err
+
+
+def test_a_slow_attack_and_slow_bounds_are_not_silent(tmp_path, monkeypatch, capsys):
+    """Neither in the evaluation nor in the verdicts: what stays is shown again, with its age."""
+    attack = train.attack
+    monkeypatch.setattr(train, "attack", lambda *args: time.sleep(3.6) or attack(*args))
+    assert command(train.main, "--net", "mlp", *QUICK, "--out", tmp_path / "run") == 0
+    assert "attacking  (3 s ago)" in capsys.readouterr().out
+    descend = certify.descend
+    monkeypatch.setattr(certify, "descend", lambda *args: time.sleep(3.6) or descend(*args))
+    assert command(certify.main, tmp_path / "run", "--restarts", 1, "--stages", "box") == 0
+    assert "attack and bounds of the first images  (3 s ago)" in capsys.readouterr().out

@@ -475,3 +475,18 @@ def test_a_server_that_does_not_answer_is_waited_for_aloud(tmp_path, monkeypatch
         with pytest.raises(InputError, match="could not be downloaded"):
             train.load_dataset("mnist", tmp_path)
     assert "gz  (3 s ago)" in capsys.readouterr().out
+
+
+def test_reading_what_takes_long_is_said_before(tmp_path, capsys, monkeypatch):
+    fake_cifar(tmp_path, zipped=True)
+    seen = []
+    with monkeypatch.context() as m:
+        m.setattr("plumbing.data._find_cifar", lambda *_: seen.append(capsys.readouterr().out) or 1)
+        with pytest.raises(TypeError):
+            train.load_dataset("cifar10", tmp_path)
+    assert seen == [f"reading CIFAR-10 in {tmp_path}\n"]
+    shape = 8200, 64, 64                                                       # 34 MB
+    npz(tmp_path / "large.npz", x_train=np.full(shape, 255, np.uint8), y_train=np.arange(8200) % 2,
+        x_test=np.full((1, 64, 64), 255, np.uint8), y_test=np.zeros(1, int))
+    train.load_dataset(str(tmp_path / "large.npz"))
+    assert f"reading {tmp_path / 'large.npz'}\n" in capsys.readouterr().out

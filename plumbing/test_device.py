@@ -248,7 +248,8 @@ else:
 
 SWITCHES = [           # what comes before the import, what after it, whether a GPU has to refuse
     ("", "", False),
-    ("torch.backends.cuda.matmul.allow_tf32 = True", "", False),       # the import switches it off
+    ("torch.backends.cudnn.allow_tf32 = True", "", False),             # the import switches it off
+    ("torch.backends.cuda.matmul.allow_tf32 = True", "", True),
     ("", "torch.set_float32_matmul_precision('high')", True),
     ("", "torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
     ("", "torch.backends.cudnn.conv.fp32_precision = 'tf32'", True),

@@ -6,7 +6,7 @@ import numpy as np
 
 import train
 from plumbing import evaluations
-from plumbing.for_tests import QUICK, command
+from plumbing.for_tests import QUICK, command, npz
 
 
 def test_a_run_keeps_its_table_and_several_are_compared(tmp_path, monkeypatch, capsys):
@@ -33,10 +33,42 @@ def test_a_run_keeps_its_table_and_several_are_compared(tmp_path, monkeypatch, c
     assert cells[4][:5] == ["mean of 2", "0.01", "all", "60", spread]
 
 
+def test_runs_on_other_images_are_told_apart(tmp_path, monkeypatch, capsys):
+    """Two files of images of one shape, and two seeds: no mean over both. A file that has moved
+    is the same one."""
+    monkeypatch.chdir(tmp_path)
+    Path("moved").mkdir()
+    npz("one.npz")
+    npz("moved/one.npz")
+    npz("two.npz", y_train=(np.arange(12) + 1) % 4)
+    for seed, name in enumerate(("one", "two", "moved/one")):
+        assert command(train.main, "--dataset", f"{name}.npz", "--net", "mlp", "--relax", "box",
+                       "--epochs", 0, "--seed", seed, "--out", f"run{seed}") == 0
+    capsys.readouterr()
+    assert command(train.main, "--compare", "run0", "run1") == 0
+    table = capsys.readouterr().out
+    assert "dataset" in table and "two.npz" in table and "mean of" not in table
+    assert command(train.main, "--compare", "run0", "run2") == 0
+    table = capsys.readouterr().out
+    assert "dataset" not in table and "mean of 2" in table
+
+
+def test_a_count_that_a_run_lacks_is_not_zero(tmp_path):
+    for seed, counts in enumerate((dict(natural=9, box=5), dict(natural=8))):
+        folder = tmp_path / f"run{seed}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(dict(seed=seed)))
+        (folder / "evaluation.json").write_text(json.dumps(dict(n=10, eps=0.1, counts=counts)))
+    rows = [row.split() for row in evaluations.comparison(sorted(tmp_path.iterdir()))]
+    assert [row[-6:] for row in rows[2:4]] == [["10", "|", "90.0", "|", "50.0", "|"],
+                                               ["10", "|", "80.0", "|", "-", "|"]]
+    assert rows[4][-6:] == ["85.0", "±", "7.1", "|", "-", "|"]
+
+
 def test_runs_that_cannot_be_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, text in (("wrong", '{"n": 60, "counts": {"natural": 61}}'), ("no", "{"),
-                       ("list", "[]"), ("not", '{"n": "6", "counts": {}}')):
+                       ("list", "[]"), ("not", '{"n": "6", "counts": {}}'), ("deep", 9999 * "[")):
         Path(name).mkdir()
         Path(name, "config.json").write_text("{}")
         Path(name, "evaluation.json").write_text(text)

@@ -55,6 +55,8 @@ def test_a_switch_changes_no_bound_and_stays_as_it_was():
     for level in ("high", "medium"):
         said, = probe(f"{legacy}('{level}')")
         assert said == "torch.backends.mkldnn.matmul.fp32_precision False"
+    level, _ = probe(f"{legacy}('medium')", ["print(torch.get_float32_matmul_precision())"])
+    assert level == "medium"                             # the import leaves it readable
     places = ["torch.backends.mkldnn.matmul", "torch.backends.mkldnn.conv", "torch.backends"]
     switches = [f"{place}.fp32_precision = 'tf32'" for place in places]
     assert probe(after=switches) == [f"{place}.fp32_precision False" for place in places]

@@ -1,9 +1,12 @@
 """What is said about the time left."""
+import math
+
 import numpy as np
 import pytest
 
 import train
-from plumbing import timing, verdicts
+from plumbing import runs, timing, verdicts
+from plumbing.for_tests import QUICK, command
 
 PLACES = 0, 1 / 16, 1 / 4, 1 / 2, 1                         # fractions of eps, and seconds there of
 COSTS = {                                                   # a step: at the start, when trained
@@ -76,3 +79,65 @@ def test_the_time_left_is_right_where_the_loss_changes_at_full_radius(monkeypatc
     counts = (np.array(spent) > 60) & (really > 30)
     assert (np.array(said)[counts] < 1.5 * really[counts]).all()
     assert (1.5 * np.array(said)[counts] > really[counts]).all()
+
+
+def test_the_length_of_a_step_is_measured_before_the_first_and_goes_into_the_time_left(
+        tmp_path, monkeypatch, capsys):
+    """A step at full radius counts as nine of the first ones; without a ramp nothing is measured,
+    nor where nothing is left to do."""
+    measured, said = [], []
+
+    def seconds_at(step):
+        measured.append(math.isfinite(step(1.0)))                  # a step of this training
+        return {0.0: 1.0, 1.0: 9.0}
+    monkeypatch.setattr(train, "seconds_at", seconds_at)
+    line = runs.progress_line
+    def spy(now, epoch, step, steps, config, eps, numbers, left):
+        said.append((now["seconds"], eps, left))
+        return line(now, epoch, step, steps, config, eps, numbers, left)
+    monkeypatch.setattr(runs, "progress_line", spy)
+    words = [*QUICK, "--net", "mlp", "--epochs", 2, "--ramp", 2, "--out", tmp_path / "run"]
+    assert command(train.main, *words) == 0 and measured == [True]
+    lengths = [1 + 8 * eps / 0.1 for _, eps, _ in said]
+    seconds, _, left = said[0]
+    assert len(said) == 6 and lengths[0] < 1.2 and lengths[-1] == pytest.approx(9)
+    assert left == pytest.approx(seconds / lengths[0] * sum(lengths[1:]), rel=1e-3)
+    assert command(train.main, "--resume", tmp_path / "run") == 0 and len(measured) == 1
+    assert command(train.main, *words[:-4], "--ramp", 0, "--out", tmp_path / "two") == 0
+    assert len(measured) == 1
+
+
+def verdicts_at(path, times, batch, monkeypatch, capsys):
+    """The seconds left that are shown when verdicts come at these times, a list for each image:
+    (time, seconds that the verdict took)."""
+    now, said = [0.0], []
+    monkeypatch.setattr(verdicts.time, "time", lambda: now[0])
+    monkeypatch.setattr(verdicts, "duration", lambda left: said.append(left) or "")
+    def certify_some(indices, report):
+        for i in indices:
+            now[0], seconds = times[i]
+            report(verdicts.Verdict("certified", "box", 1.0, seconds, index=i))
+    verdicts.write_verdicts(path, dict(eps=0.1), [0] * len(times), certify_some,
+                            verdicts.verdict_of, "title", batch=batch)
+    return said
+
+
+def test_the_first_verdict_of_a_batch_tells_what_the_rest_will_take(tmp_path, monkeypatch, capsys):
+    """100 images in batches of 25: 10 s of attack and bounds, then 0.4 s for each. As if all came
+    with the first one: 1,030 s."""
+    times = [(20 * (i // 25) + 10 + 0.4 * (i % 25 + 1), 0.8) for i in range(100)]
+    said = verdicts_at(tmp_path / "v", times, 25, monkeypatch, capsys)
+    really = [times[-1][0] - t for t, _ in times]
+    assert len(said) == 100
+    assert all(r / 1.5 < s < 1.5 * r for s, r in zip(said, really) if r > 20)
+
+
+def test_what_is_known_from_another_radius_tells_nothing_about_the_time(
+        tmp_path, monkeypatch, capsys):
+    """900 of 1,000 images are known already; the others come in batches as above."""
+    times = [(0.0, 0.0)] * 900 + [(20 * (i // 25) + 10 + 0.4 * (i % 25 + 1), 0.8)
+                                  for i in range(100)]
+    said = verdicts_at(tmp_path / "v", times, 25, monkeypatch, capsys)
+    really = [times[-1][0] - t for t, _ in times[900:]]
+    assert len(said) == 100                                # nothing is said before there is work
+    assert all(r / 1.5 < s < 1.5 * r for s, r in zip(said, really) if r > 20)

@@ -5,7 +5,6 @@ run or the images are now: these are known by their checksums. With many process
 file of its own, PATH.process1, PATH.process2, ..., which the first gathers into PATH.
 """
 import glob
-import itertools
 import json
 import math
 import time
@@ -190,16 +189,21 @@ def write_verdicts(path, header, labels, certify, read, title, *, batch=1):
         raise InputError(f"{points} is a file, where the folder of the counterexamples belongs")
     known, file, todo = open_share(path, header, n, read)
     print(title + (f", {len(known)} verdicts already in {path}" if known else ""))
-    begun, numbers = time.time(), itertools.count(1)
+    begun, reported = time.time(), Counter()
 
     def report(v):
-        i, done = todo[v.index], next(numbers)
+        i, known_before = todo[v.index], not v.seconds               # from another radius
+        reported[known_before] += 1
         known[i] = v
         write_down(v, i, labels[i], file, points)
         counts = Counter(v.status for v in known.values())
         shown = "  ".join(f"{counts[status]} {status}" for status in STATUSES)
-        left = seconds_left(time.time() - begun, done, len(todo), batch)
-        show(f"{len(known)}/{n}  {shown}  {duration(left)} left")
+        line = f"{len(known)}/{n}  {shown}"
+        if not known_before:
+            work = len(todo) - reported[True]
+            left = seconds_left(time.time() - begun, reported[False], work, batch)
+            line += f"  {duration(left)} left"
+        show(line)
 
     with file, Progress() as show:
         if todo:

@@ -75,6 +75,11 @@ def test_the_connector_moves_points_with_the_ends_they_are_near():
     assert up.tolist() == [1, 0.5, 0, 0, 0] and down.tolist() == [0, 0, 0, 0.5, 1]
     both = torch.autograd.grad(train.linked(u.detach(), u, u).sum(), u)[0]
     assert both.tolist() == [1] * 5                                         # a box of one point
+    for unit in (2.0 ** -60, 2.0 ** 60):                                    # of the layer below
+        ends = [(t.detach() * unit).requires_grad_(True) for t in (l, u)]
+        linked = train.linked(points * unit, *ends)
+        again = torch.autograd.grad(linked.sum(), ends)
+        assert torch.equal(again[0], down) and torch.equal(again[1], up)
 
 
 def test_the_latent_attack_stays_in_its_box_and_solves_linear_problems():

@@ -226,14 +226,37 @@ def test_what_counts_as_close_does_not_depend_on_a_factor_of_the_last_layer():
             assert torch.equal(again, low * factor)        # the same ones from float64
 
 
+@pytest.mark.parametrize("factor", [1e-6, 2.0 ** 20])
+@pytest.mark.parametrize("place", ["first", "behind"])
+def test_a_factor_anywhere_changes_no_verdict(place, factor):
+    """In the first layer and all biases, or in the last but one, the last being an identity."""
+    net, x, y, eps = hard_problem()
+    scaled = deepcopy(net)
+    for layer in scaled:
+        if hasattr(layer, "bias") and (place == "first" or layer is scaled[-1]):
+            layer.bias *= factor
+    scaled[0 if place == "first" else -1].weight *= factor
+    if place == "behind":
+        scaled.append(nn.Linear(10, 10, bias=False).requires_grad_(False))
+        scaled[-1].weight.copy_(torch.eye(10))
+    torch.testing.assert_close(scaled(x) / factor, net(x))
+    ours, theirs = (certify.certify(n, x, y, eps, restarts=2, timeout=20) for n in (net, scaled))
+    assert sum(v.stage == "branch-and-bound" for v in ours) > 2
+    assert [(v.status, v.stage) for v in theirs] == [(v.status, v.stage) for v in ours]
+
+
 def test_the_unit_of_the_margins_by_hand():
-    """The power of two that is next to the largest weight of the last layer, within float32."""
-    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Flatten())
-    for weight, unit in ((1.0, 1.0), (-3.0, 4.0), (0.3, 0.25), (0.0, 1.0), (math.inf, 1.0),
-                         (math.nan, 1.0), (1e-44, 2.0 ** -126), (3e38, 2.0 ** 126)):
-        net[2].weight.data = torch.tensor([[0.0, 0.0], [weight, 0.0]])
-        assert certify.unit_of(net) == unit
-    assert certify.unit_of(nn.Sequential(nn.Flatten())) == 1
+    """The power of two that is next to the spread of a logit, within float32."""
+    x = torch.rand(3, 1, 2, generator=torch.Generator().manual_seed(5))
+    images = torch.rand(16, 1, 2, generator=torch.Generator().manual_seed(0))
+    spread = images[:, 0, 1].std().item()
+    assert 0.18 < spread < 0.35                                        # next to a quarter
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    for weight, unit in ((1.0, 0.25), (-4.0, 1.0), (0.0, 1.0), (math.inf, 1.0), (math.nan, 1.0),
+                         (1e-44, 2.0 ** -126), (3e38, 2.0 ** 126)):
+        net[1].weight.data = torch.tensor([[0.0, 0.0], [0.0, weight]])
+        net[1].bias.data = torch.tensor([-9.0, 9.0]) * bool(0.1 < abs(weight) < 9)
+        assert certify.unit_of(net, x) == certify.unit_of(net, 0 * x[:1]) == unit
 
 
 def test_rounding_is_no_contradiction_whatever_the_unit_of_the_margins():
