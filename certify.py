@@ -32,8 +32,8 @@ bound that counts is computed; float32 only steers the search. "attacked" comes 
 counterexample in the ball (exactly, as float32 numbers), misclassified by a float64 forward pass.
 "unknown" is neither. Each sample is attacked once before it is bounded, and bounded up to DeepPoly
 though attacked: one that comes out certified proves a bound wrong; benchmarks/self_check.py tries
-to get there on random networks. A positive factor of the logits changes no verdict; nor the search,
-for constants that are compared with margins count in a unit of the network's own: see unit_of.
+to get there on random networks. A positive factor of the logits changes neither verdicts nor the
+search (unit_of). A tree that grows large is searched on its image's own network (plumbing/reduced).
 
 Letters in shape comments: those of relaxations.py; n nodes (subdomains), k candidates to cut at.
 """
@@ -56,13 +56,14 @@ from plumbing.data import dataset_kind, hold_out, statistics_of
 from plumbing.linear_program import linear_program
 from plumbing.networks import new_network
 from plumbing.processes import process_group
+from plumbing.reduced import alone, pinned_forward
 from plumbing.reports import certify_radii, newest_run, parse_args, summary     # noqa: F401
 from plumbing.rounding import ball, in_float64, unit_of
 from plumbing.runs import data_of_run, is_trained_on, moved
 from plumbing.verdicts import ContradictionError, Verdict                       # noqa: F401
 from plumbing.weights import read_weights
 from relaxations import (RELAXATIONS, SLOPES, STEPS, Subdomains, margin_lower_bounds,
-                         pinned_forward, preactivation_bounds, read_network, subdomain_bounds)
+                         preactivation_bounds, read_network, subdomain_bounds)
 from train import CERTIFY, CLOSE, LAYERS, SETTINGS, load_run
 
 STAGES = (*RELAXATIONS, "branch-and-bound")
@@ -115,8 +116,9 @@ class Batch(NamedTuple):
         """A batch of some of the samples."""
         net, x, y = self.exact
         verdicts = [self.verdicts[i] for i in some]
-        return Batch(self.net, self.x[some], self.y[some], (net, x[some], y[some]), self.settings,
-                     verdicts, self.low[some], self.upper[some])
+        exact = net, x[some], y[some]
+        return Batch(self.net, self.x[some], self.y[some], exact, self.settings, verdicts,
+                     self.low[some], self.upper[some])
 
     def spend(self, stage, begun, samples):
         """Charge the time since begun to the samples that shared it."""
@@ -240,7 +242,6 @@ class Problem(NamedTuple):
     eps: float
     unit: float           # of all margins, bounds and multipliers of nodes and trees
     network: tuple        # as relaxations.py reads it
-    sizes: list           # of the ReLUs, as they make up N
     box: list             # (1, B, N_in) twice: the balls
     l: torch.Tensor       # (B, N) bounds before the ReLUs over the whole ball
     u: torch.Tensor
@@ -270,6 +271,7 @@ class Tree:
     counts: itertools.count = field(default_factory=itertools.count)
     proved: float = math.inf    # the smallest bound among settled nodes
     stuck: bool = False         # a node could not be settled
+    own: tuple = ()             # the problem of a large one, and its twin: of alone
 
     def goal(self):
         """A node whose bound exceeds this is settled."""
@@ -316,8 +318,10 @@ def branch_and_bound(batch, report):
             report(tree.verdict)
         waiting = [tree for tree in waiting if tree not in over]
         stage, begun, active = "branch-and-bound", time.perf_counter(), waiting[:TREES]
+        large = [tree for tree in active if tree.own or len(tree.heap) >= WIDTH]
+        own = alone(problem, exact, large[0]) if large else (problem, exact)
         if active:
-            nodes = split_worst(problem, exact, trees, active)
+            nodes = split_worst(*own, trees, large[:1] or active)
             batch.spend(stage, begun, [node.sample for node in nodes])
 
 
@@ -370,7 +374,6 @@ def neuron_bounds(batch):
 def pose(net, x, y, eps, unit, bounds):
     """The problem in the dtype of x. bounds: of the pre-activations, in float64."""
     network = read_network(net, x.shape[1:])
-    sizes = [l[0].numel() for l, _ in bounds]
     l = u = x.new_zeros(len(x), 0)
     for low, high in bounds:
         l = torch.cat([l, low.flatten(1).to(x)], 1)
@@ -381,7 +384,7 @@ def pose(net, x, y, eps, unit, bounds):
     bias, logits = pinned_forward(network, torch.zeros_like(l[:1]), nothing)
     eye = torch.eye(logits.shape[1], dtype=x.dtype, device=x.device)
     rows = (eye[y][:, None] - eye) / unit
-    return Problem(net, x, y, eps, unit, network, sizes, box, l, u, rows, bias[0])
+    return Problem(net, x, y, eps, unit, network, box, l, u, rows, bias[0])
 
 
 def split_worst(problem, exact, trees, active):
@@ -393,11 +396,10 @@ def split_worst(problem, exact, trees, active):
     neurons, bounds, points = branch(problem, nodes, goals)
     try_points(problem, points, nodes, active)
     cut = [i for i, neuron in enumerate(neurons) if neuron is not None]
-    if cut:
-        both = [half for i in cut for half in halves(nodes[i], neurons[i])]
-        first = [bound for i in cut for bound in bounds[i]]
-        for half in raise_bounds(problem, exact, both, trees, NODE_STEPS, first):
-            trees[half.sample].add(half)
+    both = [half for i in cut for half in halves(nodes[i], neurons[i])]
+    first = [bound for i in cut for bound in bounds[i]]
+    for half in raise_bounds(problem, exact, both, trees, NODE_STEPS, first):
+        trees[half.sample].add(half)
     for node in [node for node, neuron in zip(nodes, neurons) if neuron is None]:
         tree = trees[node.sample]
         bound, point = settle_linear(exact, node)
@@ -422,8 +424,7 @@ def subdomains(problem, nodes):
     signs = torch.zeros_like(l).index_put(where, signs)
     multipliers = torch.zeros_like(l).index_put(where, multipliers)
     # Inside, the sign of a cut neuron is known: z >= 0 raises l to 0, z <= 0 lowers u to 0.
-    return Subdomains(problem.sizes, problem.rows[sample, target],
-                      [end[:, sample] for end in problem.box],
+    return Subdomains(problem.rows[sample, target], [end[:, sample] for end in problem.box],
                       l.masked_fill(signs > 0, 0), u.masked_fill(signs < 0, 0), signs,
                       torch.stack([node.slopes for node in nodes]).to(l), multipliers)
 
@@ -498,8 +499,8 @@ def bounds_of_halves(problem, sub, tried):
     """Bounds (n, 2k, 2), without ascent, of the halves z >= 0 and z <= 0 that each cut makes."""
     n, cuts = tried.shape
     rows = torch.arange(n, device=tried.device).repeat_interleave(2 * cuts)
-    half = Subdomains(sub.sizes, sub.rows[rows], [end[:, rows] for end in sub.box],
-                      *(t[rows] for t in sub[3:]))
+    half = Subdomains(sub.rows[rows], [end[:, rows] for end in sub.box],
+                      *(t[rows] for t in sub[2:]))
     neuron = tried.flatten()
     first = torch.arange(0, len(rows), 2, device=tried.device)
     half.l[first, neuron] = 0
@@ -541,8 +542,7 @@ def settle_linear(exact, node):
     """A node without unstable ReLUs: its exact minimum and where it is, in float64.
 
     The network is affine there: minimise it subject to the signs of the ReLUs that were cut. What
-    the linear program finds is only used through try_points and, as multipliers, through
-    subdomain_bounds, so nothing rests on its accuracy.
+    the linear program finds is tried as a point, and as multipliers: nothing rests on its accuracy.
     """
     free = node._replace(multipliers=torch.zeros_like(node.multipliers))
     sub = subdomains(exact, [free])

@@ -271,9 +271,18 @@ class Network(NamedTuple):
     def margins(self, box, y, bounds, ask):
         """The bounds of the margins, (P, B, K)."""
         eye = torch.eye(*self.shapes[-1]).to(box.lower)
-        rows = (eye[y][:, None] - eye).expand(self.P, -1, -1, -1)    # slopes are of each member
+        rows = eye[y][:, None] - eye
+        rows = rows.expand(self.P, -1, -1, -1)                         # slopes are of each member
         bound = partial(best_slopes, ascent=ask.ascent) if ask.ascent else lower_bound
         return margins(self.stages, rows, bounds, box, ask.relax, ask.slope, bound)
+
+    def of_rows(self, rows, lines, multipliers, box, notes):
+        """Bounds of rows (1, B, R, K) of the logits, on subdomains: see subdomain_bounds."""
+        steps = [box, notes[0], *self.stages[0]]
+        parts = zip(lines, multipliers, notes[1:], self.stages[1:])
+        for line, of_relu, note, layers in parts:
+            steps += [Shift(of_relu), line, note, *layers]
+        return lower_bound(rows, 0, steps)
 
     def layouts(self):
         """What each stage reads and, last, the logits, if the rows are not in PyTorch's order."""
@@ -306,7 +315,8 @@ def prepare(net, x, eps, relax, params, trusted=False):
     if not trusted:
         check_numbers(x, [layer.tensors for layers in network.stages for layer in layers])
         eps = as_radii(eps, x)
-    box = Box(*(t.clamp(0, 1).flatten(1)[None] for t in (x - eps, x + eps)))
+    ends = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    box = Box(*(end.flatten(1)[None] for end in ends))
     first, *rest = network.stages
     while first and isinstance(first[0].module, (nn.BatchNorm1d, nn.BatchNorm2d)):
         box, first = Box(*first[0].interval(*box)), first[1:]
@@ -405,7 +415,7 @@ def options(relax, slope, skip_stable, steps, budget):
 
 def engine(network):
     """The network as the fast path reads it, if FAST and if it can; else as the heart does."""
-    quick = read_ops(network) if FAST else None
+    quick = read_ops(network) if FAST and isinstance(network, Network) else None
     return quick or network
 
 
@@ -474,7 +484,7 @@ def ascend(bound, free, limits, rates, steps, *, target=torch.inf, shield=nullco
         better = low.detach() > best
         best = torch.where(better, low.detach(), best)
         for t, c in zip(free, chosen):
-            c.copy_(torch.where(better[..., None], t.detach(), c))
+            torch.where(better[..., None], t.detach(), c, out=c)
         if step == steps or (best > target).all():
             return best, chosen
         optimizer.zero_grad()
@@ -518,27 +528,11 @@ def best_where_unstable(A, d, steps, ascent):
     return torch.where(torch.cat([unstable, unstable], 2), better, low)
 
 
-def pinned_forward(network, active, x):
-    """Pre-activations (B, N) before all ReLUs and logits (B, K) of inputs x (B, N_in), with each
-    relu(z) replaced by active * z, active (B, N): affine in x; the network itself where the active
-    neurons have z >= 0 and the others z <= 0."""
-    before, h, n = [x.new_zeros(len(x), 0)], x[None], 0
-    for s, layers in enumerate(network.stages):
-        for layer in layers:
-            h = layer.forward(h)
-        if s < len(network.stages) - 1:
-            before.append(h[0])
-            h = h * active[:, n:n + h.shape[-1]]
-            n += h.shape[-1]
-    return torch.cat(before, 1), h[0]
-
-
 class Subdomains(NamedTuple):
     """B parts of balls, on each of which one linear function of the logits is to be bounded.
 
     N counts the neurons before all ReLUs, in the order of the network.
     """
-    sizes: list                 # of the ReLUs, as they make up N
     rows: torch.Tensor          # (B, K) the functions
     box: list                   # lower and upper bounds of the input, (1, B, N_in) each
     l: torch.Tensor             # (B, N) bounds before the ReLUs
@@ -573,44 +567,47 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
     give the input and, from below upwards, the outputs of each ReLU.
     """
     machine = engine(network)
-    stages, layouts = machine.stages, machine.layouts()
+    layouts = machine.layouts()
+    sizes = [math.prod(shape) for shape in network.shapes[:-1]]
 
-    def by_relu(t):                                                          # (1, B, 1, N) each
-        parts = t[None, :, None].split(sub.sizes, -1)
-        return [hwc(part, layout) for part, layout in zip(parts, layouts[1:])]
+    def of_each(order, t):
+        """The parts of t (B, N) that belong to each ReLU, in an order: hwc, as rows, or chw."""
+        parts = zip(t.split(sizes, -1), layouts[1:])
+        ordered = [order(part, layout) for part, layout in parts]
+        return torch.cat([t[:, :0], *ordered], -1)
 
     def chosen(choices):
-        steps = [box, notes[0], *stages[0]]
-        parts = zip(lines, *map(by_relu, choices), notes[1:], stages[1:])
-        for line, lower, multipliers, note, layers in parts:
-            steps += [Shift(multipliers), line._replace(lower=lower), note, *layers]
-        return lower_bound(rows, 0, steps)[0, :, 0]
+        slopes, multipliers = map(by_relu, choices)
+        each = [line._replace(lower=lower) for line, lower in zip(lines, slopes)]
+        return machine.of_rows(rows, each, multipliers, box, notes)[0, :, 0]
 
+    by_relu = lambda t: t[None, :, None].split(sizes, -1)                    # (1, B, 1, N) each
     box = Box(*(hwc(t[:, :, None], layouts[0]) for t in sub.box))
     rows = hwc(sub.rows, layouts[-1])[None, :, None]                         # (1, B, 1, K)
-    whole = relax_relu(sub.l, sub.u)
+    l, u, signs, slopes, multipliers = (of_each(hwc, t) for t in sub[2:])
+    whole = relax_relu(l, u, lambda l, u: slopes.clamp(0, 1))
     lines = [Lines(*parts) for parts in zip(*map(by_relu, whole))]
-    notes = [Note([]) for _ in stages]
-    unused = torch.zeros_like(sub.signs)
-    limits = [(whole.upper.floor(), whole.upper.ceil()),
-              (unused.masked_fill(sub.signs < 0, -torch.inf),
-               unused.masked_fill(sub.signs > 0, torch.inf))]
-    choices = [t.clamp(*limit) for t, limit in zip((sub.slopes, sub.multipliers), limits)]
-    with full_precision(sub.l):
+    notes = [Note([]) for _ in layouts[1:]]
+    choices = whole.lower, signs * F.relu(signs * multipliers)
+    with full_precision(l):
         low = chosen(choices)
         found = [note.kept[0][0, :, 0] for note in notes]                    # (B, N) of each
-        if steps and sub.sizes and not (low > target).all():
-            # The unit of beta: the largest coefficient that the row has of the same ReLU.
-            largest = [A.abs().amax(1, keepdim=True).expand_as(A) for A in found[1:]]
-            unit = torch.cat(largest, 1)
-            unit = unit.where(unit > 0, 1)
-            in_units = lambda free: chosen((free[0], free[1] * unit))
-            low, (slopes, betas) = ascend(in_units, (choices[0], choices[1] / unit), limits, RATES,
-                                          steps, target=target)
-            choices = slopes, betas * unit
-    if trace is not None:
-        trace += [chw(A, layout) for A, layout in zip(found, layouts)]
-    return low, *choices
+        if trace is not None:
+            trace += [chw(A, layout) for A, layout in zip(found, layouts)]
+        if not steps or not sizes or (low > target).all():
+            return low, sub.slopes, sub.multipliers
+        # The unit of beta: the largest coefficient that the row has of the same ReLU.
+        large = [A.abs() for A in found[1:]]
+        largest = [A.amax(1, keepdim=True).expand_as(A) for A in large]
+        unit = torch.cat(largest, 1)
+        unit = unit.where(unit > 0, 1)
+        none = torch.zeros_like(signs)
+        limits = [(whole.upper.floor(), whole.upper.ceil()),
+                  (none.masked_fill(signs < 0, -torch.inf), none.masked_fill(signs > 0, torch.inf))]
+        in_units = lambda free: chosen((free[0], free[1] * unit))
+        low, (slopes, betas) = ascend(in_units, (choices[0], choices[1] / unit), limits, RATES,
+                                      steps, target=target)
+    return low, of_each(chw, slopes), of_each(chw, betas * unit)
 
 
 # ===================================================================== the same numbers, faster
@@ -705,7 +702,9 @@ def as_rows(y, P):
 
 def hwc(t, shape):
     """The last dimension of t, if it is a map (C, H, W), in the order (H, W, C)."""
-    return t.unflatten(-1, (shape[0], -1)).mT.flatten(-2) if len(shape) == 3 else t
+    if len(shape) < 3:
+        return t
+    return t.unflatten(-1, (shape[0], -1)).mT.flatten(-2)
 
 
 def hwc_box(pair, shape):
@@ -714,7 +713,9 @@ def hwc_box(pair, shape):
 
 def chw(t, shape):
     """The last dimension of t, if it is a map, in PyTorch's order again."""
-    return t.unflatten(-1, (-1, shape[0])).mT.flatten(-2) if len(shape) == 3 else t
+    if len(shape) < 3:
+        return t
+    return t.unflatten(-1, (-1, shape[0])).mT.flatten(-2)
 
 
 def is_dense(op, size):
@@ -770,8 +771,13 @@ def conv_padding(module):
         return None
     if module.padding != "same":
         return (0, 0) if module.padding == "valid" else module.padding
-    span = [d * (k - 1) for d, k in zip(module.dilation, module.weight.shape[2:])]
-    return None if any(s % 2 for s in span) else tuple(s // 2 for s in span)
+    width = spans(module.weight.shape[2:], module.dilation)
+    return tuple(w // 2 for w in width) if all(w % 2 for w in width) else None
+
+
+def spans(kernel, dilation):
+    """The cells along each axis from the first to the last that a kernel sees."""
+    return [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
 
 
 def scale_and_shift(norm, tensors):
@@ -812,8 +818,8 @@ class View(NamedTuple):
         """The view of the inputs of op that comes of this view of its outputs."""
         if self.kernel is None or op.stride is None:
             return self._replace(shape=op.in_shape, kernel=None)
-        along = zip(self.kernel, op.stride, op.dilation, op.weight.shape[3:])
-        kernel = tuple((K - 1) * s + d * (k - 1) + 1 for K, s, d, k in along)
+        along = zip(self.kernel, op.stride, spans(op.weight.shape[3:], op.dilation))
+        kernel = tuple((K - 1) * s + span for K, s, span in along)
         if math.prod(kernel) >= 2 * math.prod(op.in_shape[1:]):
             return self._replace(shape=op.in_shape, kernel=None)
         stride = tuple(S * s for S, s in zip(self.stride, op.stride))
@@ -831,7 +837,8 @@ class View(NamedTuple):
         if self.kernel is None:
             t = t[:, :, None]                                                   # (P, B, 1, N)
             if self.sample is not None:
-                t = t.expand(len(self.sample), -1, -1, -1).flatten(0, 1)[self.sample]
+                t = t.expand(len(self.sample), -1, -1, -1)
+                t = t.flatten(0, 1)[self.sample]
             return t[..., None, :]
         cells = self.cells(t.device)
         t = t.unflatten(-1, (-1, self.shape[0]))
@@ -839,7 +846,8 @@ class View(NamedTuple):
         if self.sample is not None:
             at = self.sample[..., None] * t.shape[2] + cells[self.position]   # (P, U, cells)
             t = t.expand(len(at), -1, -1, -1).flatten(0, 2)
-            return t.index_select(0, at.flatten()).view(*at.shape[:2], 1, 1, -1)
+            t = t.index_select(0, at.flatten())
+            return t.view(*at.shape[:2], 1, 1, -1)
         t = t.index_select(2, cells.flatten())
         return t.view(*t.shape[:2], len(cells), 1, -1)
 
@@ -913,7 +921,8 @@ def first_rows(op):
     eye = torch.eye(O).to(op.weight)[None, None, None]
     W, c = Windowed(op, view).back(eye, eye.new_zeros(1, 1, 1, O))
     P, *_, Q = W.shape
-    return W.view(P, -1, O, Q), c.view(P, -1, O), view.below(op)
+    W, c = W.view(P, -1, O, Q), c.view(P, -1, O)
+    return W, c, view.below(op)
 
 
 def all_rows(stages, lines, box, budget):
@@ -931,10 +940,12 @@ def all_rows(stages, lines, box, budget):
     def start(samples, some):
         if fused:
             return fused(samples, some)
-        A, d = (both_signs(t[:, :, some], 2) for t in (W, c))
-        return [(A.view(P, 1, 1, -1, Q), d.view(P, 1, 1, -1))]
+        rows = (t[:, :, some] for t in (W, c))
+        A, d = (both_signs(t, 2).flatten(1, 2) for t in rows)
+        return [(A[:, None, None], d[:, None, None])]
 
-    fit, keeps = budget.fit(2 * P * G, sizes_down(view, below), held=3 + 3 / (2 * O))
+    sizes = sizes_down(view, below)
+    fit, keeps = budget.fit(2 * P * G, sizes, held=3 + 3 / (2 * O))
     samples, channels = min(B, fit), min(O, max(1, fit // B))
     channels -= channels % 8 if channels > 8 else 0     # else products are half as fast
     starts = range(0, O, channels)
@@ -947,12 +958,13 @@ def all_rows(stages, lines, box, budget):
 
     def bound(some, channels, way):
         low = [lower_bound(A, d, way) for A, d in start(some, channels)]
-        low = torch.cat([t.reshape(*t.shape[:2], G, -1) for t in low], 3)
-        return low.unflatten(3, (2, -1))                                       # (P, b, G, 2, o)
+        low = [t.reshape(*t.shape[:2], G, -1) for t in low]
+        return torch.cat(low, 3).unflatten(3, (2, -1))                         # (P, b, G, 2, o)
 
     low, n = budget.run(bound, jobs(), keeps * samples * channels), len(starts)
-    low = [torch.cat(low[i:i + n], 4) for i in range(0, len(low), n)]
-    low, minus_high = torch.cat(low, 1).unbind(3)                              # (P, B, G, O) each
+    parts = [low[i:i + n] for i in range(0, len(low), n)]                      # of some samples
+    low = torch.cat([torch.cat(part, 4) for part in parts], 1)
+    low, minus_high = low.unbind(3)                                            # (P, B, G, O) each
     return low.mT.flatten(2), -minus_high.mT.flatten(2)                        # in PyTorch's order
 
 
@@ -1003,7 +1015,8 @@ def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
         position, channel = neurons[:, t:t + U] % G, neurons[:, t:t + U] // G
         entry = members, position if Gx > 1 else 0, channel
         picked = view._replace(sample=samples[:, t:t + U], position=position)
-        A, d = (both_signs(t[entry][:, :, None, None], 3) for t in (W, c))  # (P, U, 1, 2, Q)
+        rows = (t[entry][:, :, None, None] for t in (W, c))
+        A, d = (both_signs(t, 3) for t in rows)                                # (P, U, 1, 2, Q)
         way = way_down(picked, below, lines, box)
         return best_slopes(A, d, way, ascent, no_checkpoint)[:, :, 0]
 
@@ -1080,8 +1093,8 @@ def conv_transpose(A, weight, size, stride, padding, dilation, groups):
     square = all(t[0] == t[1] for t in (kernel, stride, padding))
     if square and stride[0] > 1 and dilation == (1, 1) and weight.shape[1] <= FEW:
         return sub_pixel(A, weight, size, stride[0], padding[0], groups)
-    along = zip(size, stride, padding, dilation, kernel)
-    rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, s, p, d, k in along]
+    along = zip(size, stride, padding, spans(kernel, dilation))
+    rest = [(n + 2 * p - span) % s for n, s, p, span in along]
     return F.conv_transpose2d(A, weight, None, stride, padding, rest, groups, dilation)
 
 
@@ -1097,11 +1110,13 @@ def sub_pixel(A, weight, size, s, p, groups):
     t = torch.arange(m + 1, device=A.device)
     a = torch.arange(s, device=A.device)[:, None]
     tap = (a + s * (m - t)).clamp(max=k)                                               # k: nothing
-    W = F.pad(weight, (0, 1, 0, 1))[..., tap[:, None, :, None], tap[:, None]]
+    W = F.pad(weight, (0, 1, 0, 1))
+    W = W[..., tap[:, None, :, None], tap[:, None]]
     W = W.unflatten(0, (groups, -1))                                   # (groups, O, C, a, b, t, t)
     W = W.permute(0, 3, 4, 2, 1, 5, 6).flatten(0, 3)
     A = F.conv2d(A, W, padding=m, groups=groups)
-    A = A.unflatten(1, (groups, s, s, -1)).permute(0, 5, 2, 6, 3, 1, 4)
+    A = A.unflatten(1, (groups, s, s, -1))
+    A = A.permute(0, 5, 2, 6, 3, 1, 4)
     A = A.flatten(5, 6).flatten(3, 4).flatten(1, 2)                       # (M, s Y, s X, groups*C)
     below, right = (n + p - made for n, made in zip(size, A.shape[1:3]))
     A = F.pad(A, (0, 0, -p, right, -p, below))
@@ -1166,8 +1181,10 @@ class QuickNetwork(Network):
         labels, which = y.unique(return_inverse=True)
         W = chw(W, self.layouts()[-2])
         A, d = (t.flatten(1, 2) for t in self.rows(W, c, labels))              # (P, L*(K-1), N)
-        low = d[:, None] + box.lower @ A.mT + (box.upper - box.lower) @ minus(A).mT
-        low = low.unflatten(2, (len(labels), -1))[:, torch.arange(len(y)), which]
+        low = d[:, None] + box.lower @ A.mT
+        low = low + (box.upper - box.lower) @ minus(A).mT                      # (P, B, L*(K-1))
+        low = low.unflatten(2, (len(labels), -1))
+        low = low[:, torch.arange(len(y)), which]
         return self.filled_up(finite(low), y)
 
     def logits(self, like):
@@ -1177,7 +1194,8 @@ class QuickNetwork(Network):
             *ops, last = ops
             W, c = hwc(last.weight, last.in_shape), last.bias
         else:
-            W = hwc(torch.eye(self.K), self.layouts()[-1]).to(like).expand(self.P, -1, -1)
+            W = hwc(torch.eye(self.K), self.layouts()[-1])
+            W = W.to(like).expand(self.P, -1, -1)
             c = W.new_zeros(W.shape[:2])
         for op in reversed(ops):
             W, c = op.back(W, c)
@@ -1185,10 +1203,12 @@ class QuickNetwork(Network):
 
     def rows(self, W, c, y):
         """logit[y] - logit[k] for the other classes k: A (P, B, K-1, N) and d (P, B, K-1)."""
+        def against(t):
+            of_others = t.index_select(1, others.flatten()).unflatten(1, others.shape)
+            return t.index_select(1, y).unsqueeze(2) - of_others
+
         others = self.others(y)
-        A, d = (t.index_select(1, y).unsqueeze(2)
-                - t.index_select(1, others.flatten()).unflatten(1, others.shape) for t in (W, c))
-        return A, d
+        return against(W), against(c)
 
     def others(self, y):
         """The other classes of each label, (B, K-1)."""

@@ -9,6 +9,10 @@ of neurons and of margins, in float64 and in float32; and complete verdicts, by 
 counterexamples. Switches that round float32 products are to change none of it:
 
     python benchmarks/self_check.py 100000 --precision medium        or bf16: see PRECISION
+
+And where each tree goes on alone from its first nodes on, as large ones do:
+
+    python benchmarks/self_check.py 100000 --width 1
 """
 import argparse
 import itertools
@@ -22,6 +26,7 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common                                       # first: it puts the checkout on the path
+import certify as branching
 from certify import ContradictionError, certify
 from relaxations import RELAXATIONS, margin_lower_bounds, preactivation_bounds
 from plumbing.console import Progress, count, duration, run
@@ -206,8 +211,11 @@ def main(argv=None):
     p.add_argument("--images", type=count(1), default=6, help="of each network; default: 6")
     p.add_argument("--precision", choices=PRECISION, default="highest",
                    help="what float32 products are set to before, in this process")
+    p.add_argument("--width", type=count(1), default=branching.WIDTH,
+                   help="nodes that make a tree large; and that are cut at once")
     args = p.parse_args(argv)
     PRECISION[args.precision]()
+    branching.WIDTH = args.width
     show, begun = Progress(), time.time()
     rounding = nullcontext if args.precision == "highest" else Rounding
     checks, contradictions = self_check(args.checks, args.seed, show, args.images, rounding)

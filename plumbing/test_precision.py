@@ -105,7 +105,7 @@ def test_subdomains_are_guarded_too(monkeypatch):
     x, seen = torch.rand(1, 1, 4, 4), []
     network, box = relaxations.prepare(net, x, 0.1, "box", None)
     l = u = torch.zeros(1, 200)
-    sub = relaxations.Subdomains([100, 100], torch.eye(3)[:1], box, l - 1, u + 1, l, l, l)
+    sub = relaxations.Subdomains(torch.eye(3)[:1], box, l - 1, u + 1, l, l, l)
     monkeypatch.setattr(precision, "reduced", lambda device: "a switch")
     bound = relaxations.lower_bound
     monkeypatch.setattr(relaxations, "lower_bound", lambda *args: (

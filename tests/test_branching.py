@@ -4,8 +4,11 @@ import torch
 import torch.nn as nn
 
 import certify
+import relaxations
 import train
-from plumbing.for_tests import arrivals, flat, in_ball, make, random_subdomain, true_margins
+from plumbing import reduced
+from plumbing.for_tests import (NETS, arrivals, flat, hard_problem, in_ball, make, random_subdomain,
+                                true_margins)
 from relaxations import subdomain_bounds
 
 
@@ -88,3 +91,66 @@ def test_points_are_tried_from_the_worst_of_each_tree_and_within_the_ball():
     assert [tree.upper for tree in trees] == pytest.approx(margins.amin(0).tolist())
     certify.try_points(problem, outside, nodes, trees)                 # a descent goes further down
     assert all(tree.upper < m for tree, m in zip(trees, margins.amin(0).tolist()))
+
+
+def own_problem(problem, node):
+    """That of a tree with this node alone, and the node in it."""
+    tree = certify.Tree(node.sample, certify.Verdict(), 1.0, heap=[(0.0, 0, node)])
+    own, exact = reduced.alone(problem, problem, tree)
+    assert torch.equal(own.l, exact.l) and reduced.alone(problem, problem, tree) is tree.own
+    return own, tree.heap[0][-1]
+
+
+@pytest.mark.fast_path
+@pytest.mark.parametrize("name", NETS)
+def test_the_network_of_one_ball_has_the_bounds_of_the_whole(name):
+    """In each of its subdomains; and what the search goes by: coefficients, and linear pieces."""
+    for seed in range(3):
+        net, x, y = make(name, batch=1)
+        problem, node = random_subdomain(net.requires_grad_(False), x, y, 0.1, 4, seed)
+        own, same = own_problem(problem, node)
+        left = own.network.neurons
+        assert len(left) <= problem.l.shape[1] and torch.equal(left[same.neurons], node.neurons)
+        found = []
+        for p, n in ((problem, node), (own, same)):
+            trace, sub = [], certify.subdomains(p, [n, n._replace(signs=-n.signs)])
+            low, *_ = subdomain_bounds(p.network, sub, trace=trace)
+            found.append([low, trace[0], torch.cat([low[:, None], *trace[1:]], 1)[:, 1:]])
+        whole, own_found = found
+        whole[2] = whole[2][:, left]
+        for a, b in zip(whole, own_found):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        active = (problem.u > -problem.l).to(x)
+        z, logits = reduced.pinned_forward(problem.network, active, x.flatten(1))
+        mine, same_logits = reduced.pinned_forward(own.network, active[:, left], x.flatten(1))
+        torch.testing.assert_close(mine, z[:, left])
+        torch.testing.assert_close(same_logits, logits)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_trees_that_go_on_alone_come_to_the_same(name, monkeypatch):
+    """At once, at four nodes, or never, as with matrices too large for it."""
+    net, x, y, eps = hard_problem(name)
+    calls, found = arrivals(monkeypatch, certify, "alone"), []
+    for width, most in ((64, 0), (4, 2 ** 24), (1, 2 ** 24), (1, 0)):
+        monkeypatch.setattr(certify, "WIDTH", width)
+        monkeypatch.setattr(reduced, "MOST", most)
+        calls.clear()
+        verdicts = certify.certify(net, x, y, eps, restarts=2)
+        found.append([v.status for v in verdicts])
+        assert bool(calls) == (width < 64)
+    assert found == [found[0]] * 4 and "unknown" not in found[0]
+
+
+@pytest.mark.parametrize("eps", [0.2, 0.3, 0.4])
+def test_the_smallest_margin_found_alone_is_the_true_one(eps, monkeypatch):
+    """To the last linear pieces; found without it by the same steps on the whole network."""
+    monkeypatch.setattr(certify, "WIDTH", 1)
+    calls = arrivals(monkeypatch, certify, "alone")
+    net, x, y = make("mlp", batch=5)
+    net.requires_grad_(False)
+    found = []
+    for most in (2 ** 24, 0):
+        monkeypatch.setattr(reduced, "MOST", most)
+        found.append([v.bound for v in certify.certify(net, x, y, eps, tolerance=1e-7)])
+    assert calls and found[0] == pytest.approx(found[1], abs=2e-7)

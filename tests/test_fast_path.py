@@ -124,7 +124,7 @@ def test_the_trace_is_in_the_order_of_the_input():
     box = [t.detach().requires_grad_() for t in box]
     rows = torch.eye(net(x).shape[1], dtype=x.dtype)[y]
     zero, trace = torch.zeros_like(l), []
-    sub = relaxations.Subdomains([p[0].shape[1] for p in pairs], rows, box, l, u, zero, zero, zero)
+    sub = relaxations.Subdomains(rows, box, l, u, zero, zero, zero)
     low = relaxations.subdomain_bounds(network, sub, trace=trace)[0]
     grads = torch.autograd.grad(low.sum(), box)
     torch.testing.assert_close(trace[0], (grads[0] + grads[1])[0])
@@ -142,7 +142,7 @@ def test_subdomains_are_bounded_alike_by_both(monkeypatch):
         signs = ((random() < 0.2) & (l < 0) & (u > 0)) * torch.where(random() < 0.5, -1.0, 1.0)
         rows = torch.eye(net(x).shape[1], dtype=x.dtype)[y]
         sub = relaxations.Subdomains(
-            [p[0].shape[1] for p in pairs], rows, box, l.masked_fill(signs > 0, 0),
+            rows, box, l.masked_fill(signs > 0, 0),
             u.masked_fill(signs < 0, 0), signs.to(l), random(), signs * random())
         found = []
         for fast in (True, False):

