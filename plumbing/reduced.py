@@ -11,7 +11,7 @@ import torch
 
 from relaxations import Network, Subdomains, engine, hwc, lower_bound, subdomain_bounds
 
-MOST = 2 ** 24      # numbers in its matrices
+MOST = 2 ** 24      # numbers that its matrices are made from
 
 
 class Reduced(NamedTuple):
@@ -79,28 +79,28 @@ def reduced(network, box, l, u):
     """The Reduced of a Network on a ball, box (1, 1, N_in) twice, where its neurons have the bounds
     l, u (N,); or None, if it would be too large."""
     sizes = [math.prod(shape) for shape in network.shapes]
-    starts = [sum(sizes[:k]) for k in range(len(sizes))]
-    stay = (l < 0) & (u > 0)
-    stay[:sizes[0]] = u[:sizes[0]] > 0
+    starts = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
+    stay = ~(l >= 0) & ~(u <= 0)                           # also where bounds are NaN
+    stay[:sizes[0]] = ~(u[:sizes[0]] <= 0)
     stay = stay.split(sizes[:-1])
     for some in stay:
         some[0] |= ~some.any()                             # a layer of nothing would be no layer
     left = [some.nonzero().flatten() for some in stay]
     rows = [*left[1:], torch.arange(sizes[-1], device=l.device)]
-    if sum(len(some) * start for some, start in zip(rows, starts[1:])) > MOST:
+    if sum(len(some) * end for some, end in zip(rows, starts[2:])) > MOST:
         return None
-    # Going down from z_k, the coefficients of what is left are noted, and go no further, while
-    # active neurons let pass; at x = 0 the bound is what remains, b_k.
-    passes = torch.where((l >= 0) & ~torch.cat(stay), 1.0, -1.0).to(box[0])
-    passes[:sizes[0]] = -1
+    # Going down from z_k, the coefficients of what is left are noted, and go no further; only
+    # active neurons let pass, none of them in the first ReLU. The bound is what remains, b_k.
+    passes = (u > 0) & ~torch.cat(stay)
+    passes = torch.where(passes, 1.0, -1.0).to(box[0])
     joins = []
     for k, some in enumerate(rows, 1):
         part = Network(network.stages[:k + 1], network.shapes[:k + 1], 1)
         below = passes[:starts[k]].expand(len(some), -1)
-        origin = torch.zeros_like(box[0]).expand(-1, len(some), -1)
         none = torch.zeros_like(below)
-        eye, trace = torch.eye(sizes[k]).to(below), []
-        sub = Subdomains(eye[some], [origin, origin], below, below, none, none, none)
+        ball = [end.expand(-1, len(some), -1) for end in box]
+        e = below.new_zeros(len(some), sizes[k]).scatter(1, some[:, None], 1)
+        sub, trace = Subdomains(e, ball, below, below, none, none, none), []
         b, *_ = subdomain_bounds(part, sub, trace=trace)
         W = [A[:, kept] for A, kept in zip(trace[1:], left)]
         joins.append((W, b))

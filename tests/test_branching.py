@@ -110,7 +110,8 @@ def test_the_network_of_one_ball_has_the_bounds_of_the_whole(name):
         problem, node = random_subdomain(net.requires_grad_(False), x, y, 0.1, 4, seed)
         own, same = own_problem(problem, node)
         left = own.network.neurons
-        assert len(left) <= problem.l.shape[1] and torch.equal(left[same.neurons], node.neurons)
+        assert torch.equal(left[same.neurons], node.neurons)
+        assert torch.equal(own.bias, problem.bias[left])
         found = []
         for p, n in ((problem, node), (own, same)):
             trace, sub = [], certify.subdomains(p, [n, n._replace(signs=-n.signs)])
@@ -125,6 +126,17 @@ def test_the_network_of_one_ball_has_the_bounds_of_the_whole(name):
         mine, same_logits = reduced.pinned_forward(own.network, active[:, left], x.flatten(1))
         torch.testing.assert_close(mine, z[:, left])
         torch.testing.assert_close(same_logits, logits)
+
+
+def test_a_neuron_without_bounds_is_not_taken_for_a_stable_one():
+    problem, node = node_of()
+    box, l, u = problem.box, problem.l[0].clone(), problem.u[0].clone()
+    stable = [[k for k in ks if l[k] >= 0 or u[k] <= 0][0] for ks in
+              (range(0, 30), range(len(l) - 9, len(l)))]         # of the first and of the last ReLU
+    for k in stable:
+        l[k] = u[k] = torch.nan
+    left = reduced.reduced(problem.network, box, l, u).neurons.tolist()
+    assert set(stable) <= set(left)
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv"])
