@@ -308,14 +308,14 @@ class Tree:
 def branch_and_bound(batch, report):
     """Settle samples by alpha-CROWN, at the roots, and by branch and bound."""
     problem, exact, trees = roots(batch)
-    unit, stages = batch.settings.unit, batch.settings.stages
-    stage = "alpha-crown" if "alpha-crown" in stages else "branch-and-bound"
-    waiting = trees
+    waiting, unit = trees, batch.settings.unit
+    stage = "alpha-crown" if "alpha-crown" in batch.settings.stages else "branch-and-bound"
     while waiting:
         over = [tree for tree in waiting if tree.is_over(batch.settings)]
         for tree in over:
             tree.verdict.prove(stage, tree.bound() * unit, unit)
             report(tree.verdict)
+            tree.heap, tree.own = [], ()                                       # They may be large.
         waiting = [tree for tree in waiting if tree not in over]
         stage, begun, active = "branch-and-bound", time.perf_counter(), waiting[:TREES]
         large = [tree for tree in active if tree.own or len(tree.heap) >= WIDTH]

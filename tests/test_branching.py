@@ -151,6 +151,7 @@ def test_trees_that_go_on_alone_come_to_the_same(name, monkeypatch):
         verdicts = certify.certify(net, x, y, eps, restarts=2)
         found.append([v.status for v in verdicts])
         assert bool(calls) == (width < 64)
+        assert not any(given["tree"].own or given["tree"].heap for given, _ in calls)
     assert found == [found[0]] * 4 and "unknown" not in found[0]
 
 
