@@ -2,6 +2,8 @@
 import ast
 import re
 import sys
+import tokenize
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,22 @@ def test_files_and_functions_keep_to_their_size(name):
         assert lines <= 50, function.name
         arguments = len(function.args.posonlyargs + function.args.args)
         assert arguments <= 8, function.name
+
+
+def test_few_lines_are_dense():
+    """Names, numbers, strings and signs on a line: more than 30 on at most 12 of four modules."""
+    dense = []
+    for name in ("relaxations.py", "train.py", "certify.py", "gls.py"):
+        counts, inside = Counter(), 0
+        with open(HOUSE / name, encoding="utf-8") as file:
+            for token in tokenize.generate_tokens(file.readline):
+                kind = tokenize.tok_name[token.type]
+                inside -= kind == "FSTRING_END"            # one string, from Python 3.12 on, too
+                if kind in ("NAME", "NUMBER", "STRING", "OP", "FSTRING_START") and not inside:
+                    counts[token.start[0]] += 1
+                inside += kind == "FSTRING_START"
+        dense += [f"{name}:{line}" for line, count in counts.items() if count > 30]
+    assert len(dense) <= 12, dense
 
 
 def test_one_step_runs_few_lines_of_the_heart(tmp_path, monkeypatch):
