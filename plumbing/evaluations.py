@@ -74,7 +74,7 @@ def comparison(folders):
         percent = [None if k is None else 100 * k / found["n"] for k in counts]
         rows.append([folder, *settings, n, *(accuracy([p]) for p in percent)])
         others = ["all" if name == "seed" else s for name, s in zip(varied, settings)]
-        groups[*others, n].append(percent)
+        groups[(*others, n)].append(percent)
     for group, percents in groups.items():
         if len(percents) > 1 and "seed" in varied:
             rows.append([f"mean of {len(percents)}", *group, *map(accuracy, zip(*percents))])
