@@ -315,7 +315,7 @@ def prepare(net, x, eps, relax, params, trusted=False):
     if not trusted:
         check_numbers(x, [layer.tensors for layers in network.stages for layer in layers])
         eps = as_radii(eps, x)
-    ends = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    ends = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
     box = Box(*(end.flatten(1)[None] for end in ends))
     first, *rest = network.stages
     while first and isinstance(first[0].module, (nn.BatchNorm1d, nn.BatchNorm2d)):

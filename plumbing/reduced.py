@@ -2,7 +2,7 @@
 
 There most ReLUs are stable: dead ones leave nothing, and through active ones the layers below and
 above become one. What is left depends on the unstable neurons alone, and bounds of it are those of
-the whole network, but for rounding.
+the whole network, but for rounding. benchmarks/README.md has the price, network by network.
 """
 import math
 from typing import NamedTuple
