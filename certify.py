@@ -3,11 +3,9 @@
     python certify.py                        the newest run under runs/, on its whole test set
     python certify.py runs/NAME --samples 1000 --eps 0.1 --timeout 30
 
-Or any supported network (see relaxations.py), in five lines of Python:
+Or any supported network (see relaxations.py), in Python:
 
-    import certify
-    verdicts = certify.certify(net, x, y, eps=0.1)      # x (n, ...) pixels in [0, 1], y (n,) labels
-    for v in verdicts:
+    for v in certify.certify(net, x, y, eps=0.1):       # x (n, ...) pixels in [0, 1], y (n,) labels
         print(v.status, v.stage, v.bound)
 
 The stages, each on what the ones before left open, while a sample has time left:
@@ -23,44 +21,42 @@ The stages, each on what the ones before left open, while a sample has time left
 
 Branch and bound (Bunel et al. 2020, "Branch and bound for piecewise linear neural network
 verification"; with beta-CROWN's bounds, Wang et al. 2021). A subdomain is the part of the ball
-where some unstable ReLUs have a given sign. Those ReLUs are then linear, so its bound is tighter;
-if it is still not positive, the subdomain is cut in two at one more ReLU. There are finitely many
-ReLUs: where none is left to cut, the network is linear, and a linear program decides.
+where some unstable ReLUs have a given sign: there they are linear, and its bound is tighter. If it
+is still not positive, the subdomain is cut in two at one more ReLU. Where none is left to cut, the
+network is linear, and a linear program decides.
 
 Guarantee: "certified" holds for every point of the ball, up to rounding in float64, in which every
 bound that counts is computed; float32 only steers the search. "attacked" comes with a
 counterexample in the ball (exactly, as float32 numbers), misclassified by a float64 forward pass.
-"unknown" is neither. Each sample is attacked once before it is bounded, and bounded up to DeepPoly
-though attacked: one that comes out certified proves a bound wrong; benchmarks/self_check.py tries
-to get there on random networks. A positive factor of the logits changes neither verdicts nor the
-search (unit_of). A tree that grows large is searched on its image's own network (plumbing/reduced).
+"unknown" is neither. What is attacked is bounded all the same, up to DeepPoly: if it comes out
+certified, a bound is wrong; benchmarks/self_check.py tries to get there on random networks. A
+positive factor of the logits changes neither verdicts nor the search (unit_of).
 
 Letters in shape comments: those of relaxations.py; n nodes (subdomains), k candidates to cut at.
 """
 import heapq
 import itertools
 import math
-import time
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.func import jacrev
+import torch.nn.functional as F
 
+from faster.reduced import alone, pinned_forward
 from plumbing.attack import descend, forward_margin, margins_of, restarts_of, smallest
 from plumbing.checks import check_problem, check_settings
-from plumbing.console import InputError, defaults, pick_device, run, warn
+from plumbing.console import defaults, pick_device, run
 from plumbing.data import dataset_kind, hold_out, statistics_of
-from plumbing.linear_program import linear_program
+from plumbing.linear_program import minimum_of_affine
 from plumbing.networks import new_network
 from plumbing.processes import process_group
-from plumbing.reduced import alone, pinned_forward
 from plumbing.reports import certify_radii, newest_run, parse_args, summary     # noqa: F401
 from plumbing.rounding import ball, in_float64, unit_of
-from plumbing.runs import data_of_run, is_trained_on, moved
-from plumbing.verdicts import ContradictionError, Verdict                       # noqa: F401
+from plumbing.runs import check_images_of_run, data_of_run, moved
+from plumbing.verdicts import ContradictionError, Verdict, charged              # noqa: F401
 from plumbing.weights import read_weights
 from relaxations import (RELAXATIONS, SLOPES, STEPS, Subdomains, margin_lower_bounds,
                          preactivation_bounds, read_network, subdomain_bounds)
@@ -107,10 +103,8 @@ class Batch(NamedTuple):
 
     def open(self, *statuses):
         """The samples of these statuses that have time left."""
-        return [i for i, v in enumerate(self.verdicts) if v.status in statuses and self.in_time(i)]
-
-    def in_time(self, i):
-        return self.verdicts[i].seconds < self.settings.timeout
+        some = [i for i, v in enumerate(self.verdicts) if v.status in statuses]
+        return [i for i in some if self.verdicts[i].seconds < self.settings.timeout]
 
     def part(self, some):
         """A batch of some of the samples."""
@@ -119,12 +113,6 @@ class Batch(NamedTuple):
         exact = net, x[some], y[some]
         return Batch(self.net, self.x[some], self.y[some], exact, self.settings, verdicts,
                      self.low[some], self.upper[some])
-
-    def spend(self, stage, begun, samples):
-        """Charge the time since begun to the samples that shared it."""
-        seconds = time.perf_counter() - begun
-        for i in samples:
-            self.verdicts[i].spend(stage, seconds / len(samples))
 
 
 @torch.inference_mode(False)               # whatever the caller's mode: attack and ascent need
@@ -135,25 +123,26 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
 
     net: an nn.Sequential as relaxations.py supports it, in eval mode, on the device and in the
     dtype of x.  x: (n, ...) in [0, 1].  y: (n,) labels.  timeout: seconds per sample; one that has
-    used them up enters no further stage, no further descent, and its branching stops (None: no
-    limit, so that branch and bound settles every sample in the end, but for margins that rounding
-    hides).  stages: any of STAGES.  steps, restarts: of the attack, which takes at most a quarter
-    of the time; restarts=None is one for each class that no bound rules out, 0 leaves it out.
-    batch: samples bounded at once.  slope: of DeepPoly's lower lines, a name of relaxations.SLOPES.
-    tolerance: go on until the smallest margin over the ball is known to so much, in float64: bound
-    <= margin <= bound + tolerance (None: until its sign is known; misclassified samples are left
-    out).  report(verdict): called for each sample as soon as it is settled.
-
+    used them up enters no stage and no descent, and its branching stops (None: no limit; branch and
+    bound settles every sample in the end, but for margins that rounding hides).  stages: any of
+    STAGES.  steps, restarts: of the attack, which takes at most a quarter of the time;
+    restarts=None is one for each class that no bound rules out, 0 leaves it out.  batch: samples
+    bounded at once.  slope: of DeepPoly's lower lines, a name of relaxations.SLOPES.  tolerance: go
+    on until the smallest margin over the ball is known to so much, in float64: bound <= margin <=
+    bound + tolerance (None: until its sign is known; misclassified samples are left out).
+    report(verdict): called for each sample as soon as it is settled.
     Raises ContradictionError if a sample is certified and attacked, and before the first stage
     ValueError for bad arguments and for networks that relaxations.py does not support.
     """
-    timeout, tolerance = (math.inf if t is None else t for t in (timeout, tolerance))
+    timeout = math.inf if timeout is None else timeout
+    tolerance = math.inf if tolerance is None else tolerance
     check_settings(STAGES, stages, SLOPES, slope, timeout=timeout, tolerance=tolerance, batch=batch,
                    steps=steps, restarts=restarts, seed=seed, report=report)
     y = check_problem(net, x, y, eps, margin_lower_bounds, preactivation_bounds)
     if not len(x):
         return []
-    net, x = deepcopy(net).requires_grad_(False), x.detach().clone()
+    net = deepcopy(net).requires_grad_(False)
+    x = x.detach().clone()
     if tolerance < math.inf:
         net, x, y = in_float64(net, x, y)
     classes = net(x[:1]).shape[-1]
@@ -162,21 +151,21 @@ def certify(net, x, y, eps, timeout=None, *, stages=STAGES, steps=40, restarts=N
                         classes, unit_of(net, x), slope)
     verdicts = [Verdict(index=i) for i in range(len(x))]
     for start in range(0, len(x), batch):
-        part = slice(start, min(start + batch, len(x)))
+        part = slice(start, start + batch)
         certify_batch(net, x[part], y[part], settings, verdicts[part], report)
     return verdicts
 
 
 def certify_batch(net, x, y, settings, verdicts, report):
     """The stages one after the other, for samples that share their passes."""
-    begun, exact = time.perf_counter(), in_float64(net, x, y)
-    upper = forward_margin(*exact)
+    with charged("attack", verdicts):
+        exact = in_float64(net, x, y)
+        upper = forward_margin(*exact)
     low = upper.new_full([len(x), settings.classes], -math.inf)
     batch = Batch(net, x, y, exact, settings, verdicts, low, upper)
-    for v, margin in zip(verdicts, upper.tolist()):
+    for v, margin in zip(verdicts, upper):
         if not margin > 0:
             v.status, v.stage = "misclassified", "forward"
-    batch.spend("attack", begun, range(len(x)))
     descents = restarts_of(net, x, y, settings.eps, settings.restarts, settings.seed)
     attack_by(itertools.islice(descents, 1), batch)
     for relax in CERTIFY:
@@ -196,38 +185,43 @@ def certify_batch(net, x, y, settings, verdicts, report):
 def attack_by(descents, batch):
     """Go down the descents, of restarts_of, while samples are open. One towards a class is for
     samples for which no bound rules it out; a sample may spend a quarter of its time on them."""
-    settings, spent = batch.settings, lambda v: v.seconds_by_stage["attack"]
+    settings = batch.settings
+    spent = [v.seconds_by_stage for v in batch.verdicts]
     for target, start in descents:
-        left = [i for i in batch.open("unknown")
-                if spent(batch.verdicts[i]) < settings.timeout / 4]
+        left = batch.open("unknown")
+        left = [i for i in left if spent[i]["attack"] < settings.timeout / 4]
         if not left:
             return
         if target is not None:
             left = [i for i in left if not batch.low[i, target[i]] > 0]
             target = target[left]
-        if left:
-            begun, part = time.perf_counter(), batch.part(left)
-            points, _ = descend(batch.net, part.x, part.y, settings.eps, settings.steps, target,
-                                None if start is None else start[left])
-            margins = forward_margin(batch.net, points, part.y)
-            batch.upper[left] = part.upper.minimum(margins)
-            for v, point, margin in zip(part.verdicts, points, margins):
-                if margin <= 0:
-                    v.refute("attack", point, settings.unit)
-            batch.spend("attack", begun, left)
+        if not left:
+            continue
+        part = batch.part(left)
+        start = None if start is None else start[left]
+        with charged("attack", part.verdicts):
+            points, _ = descend(part.net, part.x, part.y, settings.eps, settings.steps,
+                                target, start)
+            margins = forward_margin(part.net, points, part.y)
+        batch.upper[left] = part.upper.minimum(margins)
+        for v, point, margin in zip(part.verdicts, points, margins):
+            if margin <= 0:
+                v.refute("attack", point, settings.unit)
 
 
 def bounded_by(relax, batch):
     """Certify what one of the incomplete relaxations can. What was attacked is bounded too."""
-    left, settings = batch.open("unknown", "attacked"), batch.settings
+    settings = batch.settings
+    left = batch.open("unknown", "attacked")
     if not left:
         return
-    begun, part = time.perf_counter(), batch.part(left)
-    low = margin_lower_bounds(*part.exact, settings.eps, relax, **CERTIFY[relax],
-                              slope=settings.slope)
+    part = batch.part(left)
+    with charged(relax, part.verdicts):
+        low = margin_lower_bounds(*part.exact, settings.eps, relax, **CERTIFY[relax],
+                                  slope=settings.slope)
     batch.low[left] = torch.fmax(part.low, low)
-    batch.spend(relax, begun, left)
-    for v, bound in zip(part.verdicts, smallest(low, part.exact[2]).tolist()):
+    bounds = smallest(low, part.exact[2]).tolist()
+    for v, bound in zip(part.verdicts, bounds):
         v.prove(relax, bound, settings.unit)
 
 
@@ -254,10 +248,10 @@ class Node(NamedTuple):
     bound: float                # proved so far
     sample: int                 # its row in Problem
     target: int                 # the class k of the margin
-    neurons: torch.Tensor       # (m,) the ReLUs cut, as indices 0..N-1
-    signs: torch.Tensor         # (m,) 1: z >= 0, -1: z <= 0
-    multipliers: torch.Tensor   # (m,) signs * beta
     slopes: torch.Tensor        # (N,) alpha
+    neurons: torch.Tensor = torch.zeros(0).long()     # (m,) the ReLUs cut, as indices 0..N-1
+    signs: torch.Tensor = torch.zeros(0)              # (m,) 1: z >= 0, -1: z <= 0
+    multipliers: torch.Tensor = torch.zeros(0)        # (m,) signs * beta
 
 
 @dataclass(eq=False)
@@ -307,22 +301,24 @@ class Tree:
 
 def branch_and_bound(batch, report):
     """Settle samples by alpha-CROWN, at the roots, and by branch and bound."""
-    problem, exact, trees = roots(batch)
-    waiting, unit = trees, batch.settings.unit
-    stage = "alpha-crown" if "alpha-crown" in batch.settings.stages else "branch-and-bound"
-    while waiting:
-        over = [tree for tree in waiting if tree.is_over(batch.settings)]
+    def settled(trees, stage):
+        over = [tree for tree in trees if tree.is_over(batch.settings)]
         for tree in over:
             tree.verdict.prove(stage, tree.bound() * unit, unit)
             report(tree.verdict)
             tree.heap, tree.own = [], ()                                       # They may be large.
-        waiting = [tree for tree in waiting if tree not in over]
-        stage, begun, active = "branch-and-bound", time.perf_counter(), waiting[:TREES]
-        large = [tree for tree in active if tree.own or len(tree.heap) >= WIDTH]
-        own = alone(problem, exact, large[0]) if large else (problem, exact)
-        if active:
-            nodes = split_worst(*own, trees, large[:1] or active)
-            batch.spend(stage, begun, [node.sample for node in nodes])
+        return over
+
+    unit, stages = batch.settings.unit, batch.settings.stages
+    problem, exact, trees = roots(batch)
+    over = settled(trees, "alpha-crown" if "alpha-crown" in stages else "branch-and-bound")
+    while waiting := [tree for tree in trees if tree not in over]:
+        active, whose = waiting[:TREES], []
+        large = [tree for tree in active if tree.own or len(tree.heap) >= WIDTH][:1]
+        with charged("branch-and-bound", whose):
+            own = alone(problem, exact, *large) if large else (problem, exact)
+            whose += split_worst(*own, trees, large or active)
+        over += settled(waiting, "branch-and-bound")
 
 
 def roots(batch):
@@ -332,41 +328,46 @@ def roots(batch):
     bounds = neuron_bounds(batch)
     exact = pose(*batch.exact, eps, unit, bounds)
     problem = pose(batch.net, batch.x, batch.y, eps, unit, bounds)
-    trees = [Tree(i, v, margin / unit, batch.settings.tolerance / unit)
-             for i, (v, margin) in enumerate(zip(batch.verdicts, batch.upper.tolist()))]
+    tolerance = batch.settings.tolerance / unit
+    seen = zip(itertools.count(), batch.verdicts, batch.upper / unit)
+    trees = [Tree(i, v, margin.item(), tolerance) for i, v, margin in seen]
     start = SLOPES[batch.settings.slope]
-    slopes, none = start(problem.l, problem.u), torch.zeros(0)
+    slopes = start(problem.l, problem.u)
     nodes = []
-    for i, (margins, label) in enumerate(zip(batch.low / unit, batch.y)):
-        for k, bound in enumerate(margins.tolist()):
-            node = Node(bound, i, k, none.long(), none, none, slopes[i])
-            if k != label and bound > trees[i].goal():
-                trees[i].add(node)
-            elif k != label:
-                nodes.append(node)
+    others = F.one_hot(batch.y, batch.settings.classes) == 0
+    for i, k in others.nonzero().tolist():
+        bound = batch.low[i, k].item() / unit
+        node = Node(bound, i, k, slopes[i])
+        if bound > trees[i].goal():
+            trees[i].add(node)
+        else:
+            nodes.append(node)
     for start in range(0, len(nodes), 4 * WIDTH):
-        part, begun = nodes[start:start + 4 * WIDTH], time.perf_counter()
-        late = [node for node in part if not batch.in_time(node.sample)]
-        todo = [node for node in part if batch.in_time(node.sample)]
-        for node in late + raise_bounds(problem, exact, todo, trees, STEPS):
+        part = nodes[start:start + 4 * WIDTH]
+        in_time = batch.open("unknown", "attacked", "certified")
+        late = [node for node in part if node.sample not in in_time]
+        todo = [node for node in part if node.sample in in_time]
+        with charged("alpha-crown", [trees[node.sample].verdict for node in todo]):
+            todo = raise_bounds(problem, exact, todo, trees, STEPS)
+        for node in late + todo:
             trees[node.sample].add(node)
-        batch.spend("alpha-crown", begun, [node.sample for node in todo])
     return problem, exact, trees
 
 
 def neuron_bounds(batch):
-    """Bounds of the neurons, in float64: by alpha-CROWN, or, on networks so large that its ascent
-    alone would take longer than a sample has, by DeepPoly."""
-    limit, order, found = batch.settings.timeout / 10, [], []
-    quick = [v.seconds_by_stage.get("deeppoly", 0) <= limit for v in batch.verdicts]
-    net, x, _ = batch.exact
-    for relax, is_quick in (("alpha-crown", True), ("deeppoly", False)):
-        some = [i for i, q in enumerate(quick) if q is is_quick]
-        if some:
-            begun, order, settings = time.perf_counter(), order + some, batch.settings
-            found.append(preactivation_bounds(net, x[some], settings.eps, relax, skip_stable=True,
+    """Bounds of all neurons, in float64: by alpha-CROWN; where DeepPoly took long, by that."""
+    settings = batch.settings
+    taken = [v.seconds_by_stage.get("deeppoly", 0) for v in batch.verdicts]
+    chosen = ["alpha-crown" if t <= settings.timeout / 10 else "deeppoly" for t in taken]
+    order, found = [], []
+    for relax in sorted(set(chosen)):
+        some = [i for i, each in enumerate(chosen) if each == relax]
+        order += some
+        part = batch.part(some)
+        net, x, _ = part.exact
+        with charged("alpha-crown", part.verdicts):
+            found.append(preactivation_bounds(net, x, settings.eps, relax, skip_stable=True,
                                               slope=settings.slope))
-            batch.spend("alpha-crown", begun, some)
     back = torch.tensor(order).argsort()
     return [[torch.cat(ends)[back] for ends in zip(*pairs)] for pairs in zip(*found)]
 
@@ -378,17 +379,18 @@ def pose(net, x, y, eps, unit, bounds):
     for low, high in bounds:
         l = torch.cat([l, low.flatten(1).to(x)], 1)
         u = torch.cat([u, high.flatten(1).to(x)], 1)
-    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    low = (x - eps).clamp(min=0)
+    high = (x + eps).clamp(max=1)
     box = [low.flatten(1)[None], high.flatten(1)[None]]
     nothing = torch.zeros_like(box[0][0, :1])
     bias, logits = pinned_forward(network, torch.zeros_like(l[:1]), nothing)
-    eye = torch.eye(logits.shape[1], dtype=x.dtype, device=x.device)
+    eye = torch.eye(logits.shape[1]).to(x)
     rows = (eye[y][:, None] - eye) / unit
     return Problem(net, x, y, eps, unit, network, box, l, u, rows, bias[0])
 
 
 def split_worst(problem, exact, trees, active):
-    """Cut the worst nodes of the active trees and bound their halves. Returns those nodes."""
+    """Cut the worst nodes of the active trees and bound their halves. Returns their verdicts."""
     quota = max(1, WIDTH // len(active))
     limit = STORE // (TREES * max(1, problem.l.shape[1]))
     nodes = [node for tree in active for node in tree.pop(quota, limit)]
@@ -400,14 +402,15 @@ def split_worst(problem, exact, trees, active):
     first = [bound for i in cut for bound in bounds[i]]
     for half in raise_bounds(problem, exact, both, trees, NODE_STEPS, first):
         trees[half.sample].add(half)
-    for node in [node for node, neuron in zip(nodes, neurons) if neuron is None]:
+    linear = [node for node, neuron in zip(nodes, neurons) if neuron is None]
+    for node in linear:
         tree = trees[node.sample]
         bound, point = settle_linear(exact, node)
         try_points(problem, point[None], [node], [tree], steps=0)
         bound = max(bound, node.bound)
         tree.proved = min(tree.proved, bound)
         tree.stuck |= not bound > tree.goal()
-    return nodes
+    return [trees[node.sample].verdict for node in nodes]
 
 
 def subdomains(problem, nodes):
@@ -418,24 +421,26 @@ def subdomains(problem, nodes):
     l, u = problem.l[sample], problem.u[sample]
     cuts = torch.tensor([len(node.neurons) for node in nodes])
     row = torch.arange(len(nodes)).repeat_interleave(cuts)
-    where = row.to(device), torch.cat([node.neurons for node in nodes]).to(device)
-    signs = torch.cat([node.signs for node in nodes]).to(l)
-    multipliers = torch.cat([node.multipliers for node in nodes]).to(l)
-    signs = torch.zeros_like(l).index_put(where, signs)
-    multipliers = torch.zeros_like(l).index_put(where, multipliers)
+    neurons = torch.cat([node.neurons for node in nodes])
+    where = row.to(device), neurons.to(device)
+    spread = lambda parts: torch.zeros_like(l).index_put(where, torch.cat(parts).to(l))
+    signs = spread([node.signs for node in nodes])
+    multipliers = spread([node.multipliers for node in nodes])
+    slopes = torch.stack([node.slopes for node in nodes]).to(l)
     # Inside, the sign of a cut neuron is known: z >= 0 raises l to 0, z <= 0 lowers u to 0.
-    return Subdomains(problem.rows[sample, target], [end[:, sample] for end in problem.box],
-                      l.masked_fill(signs > 0, 0), u.masked_fill(signs < 0, 0), signs,
-                      torch.stack([node.slopes for node in nodes]).to(l), multipliers)
+    l = l.masked_fill(signs > 0, 0)
+    u = u.masked_fill(signs < 0, 0)
+    box = [end[:, sample] for end in problem.box]
+    return Subdomains(problem.rows[sample, target], box, l, u, signs, slopes, multipliers)
 
 
 def raise_bounds(problem, exact, nodes, trees, steps, first=None):
     """The nodes with bounds raised by beta-CROWN. float32 only steers: a bound that would settle
     its node is computed again in float64, from pre-activation bounds in float64.
-
     first: bounds that the nodes have as they are; where one is enough, there is no ascent."""
-    goals = torch.tensor([trees[node.sample].goal() for node in nodes]).double()
-    low = torch.full_like(goals, -torch.inf) if first is None else torch.tensor(first).double()
+    goals = [trees[node.sample].goal() for node in nodes]
+    goals = torch.tensor(goals).double()
+    low = torch.tensor(first or [-math.inf] * len(nodes)).double()
     todo = (~(low > goals)).nonzero().flatten().tolist()
     if todo:
         sub, nodes = subdomains(problem, [nodes[i] for i in todo]), list(nodes)
@@ -457,8 +462,7 @@ def branch(problem, nodes, goals):
     """Where to cut each node, and a point of the ball where its relaxation is smallest.
 
     Filtered smart branching (De Palma et al. 2021): two scores of every unstable ReLU propose
-    candidates, both halves of each cut are bounded without ascent, and the best product of gains
-    wins.
+    candidates, both halves of each are bounded without ascent, and the best product of gains wins.
     Returns neurons, a list (n,) with None where all ReLUs are stable; the bounds (n, 2) of their
     halves, z >= 0 and z <= 0; and points (n, N_in).
     """
@@ -475,7 +479,8 @@ def branch(problem, nodes, goals):
     score = gains.clamp(min=LEAST_GAIN).prod(-1)
     choice = score.where(unstable.gather(1, tried), -1).argmax(1)
     best = torch.arange(len(nodes), device=low.device), choice
-    neurons = [j if unstable[i, j] else None for i, j in enumerate(tried[best].tolist())]
+    chosen = enumerate(tried[best].tolist())
+    neurons = [j if unstable[i, j] else None for i, j in chosen]
     return neurons, bounds[best].tolist(), points
 
 
@@ -489,18 +494,19 @@ def candidates(sub, a, bias, unstable):
     s = torch.where(unstable, sub.u / (sub.u - sub.l), 0.0)
     chord = a.clamp(max=0) * -s * sub.l
     ab = a * bias
-    babsr = (chord + ab * torch.where(ab > 0, s, s - 1)).abs()
+    lost = torch.where(ab > 0, s, s - 1)
+    babsr = (chord + ab * lost).abs()
     k = min(CANDIDATES, a.shape[1])
-    best = [score.where(unstable, -1).topk(k)[1] for score in (babsr, -chord)]
-    return torch.cat(best, 1)
+    best = [score.where(unstable, -1).topk(k) for score in (babsr, -chord)]
+    return torch.cat([places for _, places in best], 1)
 
 
 def bounds_of_halves(problem, sub, tried):
     """Bounds (n, 2k, 2), without ascent, of the halves z >= 0 and z <= 0 that each cut makes."""
     n, cuts = tried.shape
     rows = torch.arange(n, device=tried.device).repeat_interleave(2 * cuts)
-    half = Subdomains(sub.rows[rows], [end[:, rows] for end in sub.box],
-                      *(t[rows] for t in sub[2:]))
+    box = [end[:, rows] for end in sub.box]
+    half = Subdomains(sub.rows[rows], box, *(t[rows] for t in sub[2:]))
     neuron = tried.flatten()
     first = torch.arange(0, len(rows), 2, device=tried.device)
     half.l[first, neuron] = 0
@@ -512,9 +518,9 @@ def halves(node, neuron):
     """The two nodes that cutting at a neuron makes of one; together they cover it."""
     for sign in (1.0, -1.0):
         yield node._replace(
-            neurons=torch.cat([node.neurons, node.neurons.new_tensor([neuron])]),
-            signs=torch.cat([node.signs, node.signs.new_tensor([sign])]),
-            multipliers=torch.cat([node.multipliers, node.multipliers.new_zeros(1)]))
+            neurons=F.pad(node.neurons, (0, 1), value=neuron),
+            signs=F.pad(node.signs, (0, 1), value=sign),
+            multipliers=F.pad(node.multipliers, (0, 1)))
 
 
 def try_points(problem, points, nodes, trees, steps=POINT_STEPS):
@@ -522,7 +528,8 @@ def try_points(problem, points, nodes, trees, steps=POINT_STEPS):
     worse than all before, and settles the tree if its margin is <= 0."""
     sample = torch.tensor([node.sample for node in nodes], device=problem.x.device)
     x, y = problem.x[sample], problem.y[sample]
-    points = points.to(x).view(x.shape).clamp(*ball(x, problem.eps))
+    low, high = ball(x, problem.eps)
+    points = points.to(x).view(x.shape).clamp(low, high)
     margins = smallest(margins_of(problem.net(points), y), y).tolist()
     worst = []
     for tree in trees:
@@ -541,8 +548,8 @@ def try_points(problem, points, nodes, trees, steps=POINT_STEPS):
 def settle_linear(exact, node):
     """A node without unstable ReLUs: its exact minimum and where it is, in float64.
 
-    The network is affine there: minimise it subject to the signs of the ReLUs that were cut. What
-    the linear program finds is tried as a point, and as multipliers: nothing rests on its accuracy.
+    The network is affine there, subject to the signs of the ReLUs that were cut. What the linear
+    program finds is tried as a point and as multipliers: nothing rests on its accuracy.
     """
     free = node._replace(multipliers=torch.zeros_like(node.multipliers))
     sub = subdomains(exact, [free])
@@ -555,15 +562,12 @@ def settle_linear(exact, node):
         return torch.cat([signs * z[0, node.neurons], margin])
 
     low, high = (end[0, 0] for end in sub.box)
-    J = jacrev(outputs)(low)
-    c, G = J[-1], J[:-1]
-    h = G @ low - outputs(low)[:-1]
-    x, tries = linear_program(*(t.cpu().numpy() for t in (c, G, h, low, high)))
+    x, tries = minimum_of_affine(outputs, low, high)
     bound = -math.inf
     for beta in tries:
-        sub.multipliers[0, node.neurons] = signs * torch.from_numpy(beta).to(signs)
+        sub.multipliers[0, node.neurons] = signs * beta
         bound = max(bound, subdomain_bounds(exact.network, sub)[0].item())
-    return bound, low if x is None else torch.from_numpy(x)
+    return bound, low if x is None else x
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -572,26 +576,22 @@ def main(argv=None):
     args = parse_args(argv, STAGES, SETTINGS)
     device = pick_device(args.device)
     given = {k: getattr(args, k) for k in ("dataset", "data_dir") if getattr(args, k)}
+    path = Path(args.weights or args.run or newest_run())
     if args.weights:
-        path, net = Path(args.weights), None
-        config = defaults(SETTINGS, dataset_kind(args.dataset), "grad") | dict(net=args.net) | given
+        config = defaults(SETTINGS, dataset_kind(args.dataset), "grad")
+        config |= given | dict(net=args.net, init="default")
+        data = hold_out(data_of_run(config), args.validation or 0)
+        shape = list(data.x_test.shape[1:])
+        config |= dict(input_shape=shape, classes=data.classes)
+        config["statistics"] = statistics_of(data, config)
+        net = read_weights(path, new_network(config, LAYERS, read_network))
     else:
-        path = Path(args.run or newest_run())
         net, config, _ = load_run(path)
         config = moved(config | dict(out=str(path)), given)
-    data = data_of_run(config)
-    if not is_trained_on(data, config):
-        warn(f"{path} was trained on other images than these")
-    data = hold_out(data, config["validation"] if args.validation is None else args.validation)
-    shape, classes = list(data.x_test.shape[1:]), data.classes
-    if args.weights:
-        config |= dict(input_shape=shape, classes=classes, init="default",
-                       statistics=statistics_of(data, config))
-        net = read_weights(path, new_network(config, LAYERS, read_network))
-    elif shape != config["input_shape"] or classes != config["classes"]:
-        raise InputError(f"{path} was trained on images {config['input_shape']} of "
-                         f"{config['classes']} classes, but {config['dataset']} has "
-                         f"{shape} of {classes}")
+        data = data_of_run(config)
+        check_images_of_run(data, config, path)
+        held_out = config["validation"] if args.validation is None else args.validation
+        data = hold_out(data, held_out)
     with process_group(device):
         certify_radii(certify, net.to(device), config, data, path, args)
 

@@ -8,20 +8,19 @@ from samples, in one of two ways, both here; `gradient` is the unsmoothed refere
     PGPE  values only:   mean of  (L(theta + d) - L(theta - d)) / 2 * eps / sigma,  d = sigma eps
     RGS   gradients:     mean of  grad L(theta + d)
 
-They differ where it matters. PGPE is an unbiased estimate of grad L_sigma for every bounded L,
-whether or not L has a gradient. RGS estimates E[grad L(theta + d)], which is grad L_sigma only if
-L is continuous: a gradient does not see a jump. Take the step function L(theta) = 1 if theta > 0
-else 0. Then L_sigma(theta) = Phi(theta / sigma) with the slope 1 / (sigma sqrt(2 pi)) at 0. PGPE
-estimates that slope; RGS averages gradients that are all 0. In return RGS learns D numbers from
-each evaluation where PGPE learns one, so its variance, and the samples it needs, are far smaller.
+They differ where it matters. PGPE is an unbiased estimate of grad L_sigma for every bounded L. RGS
+estimates E[grad L(theta + d)], which is grad L_sigma only if L is continuous: a gradient does not
+see a jump. Take the step L(theta) = 1 if theta > 0 else 0: L_sigma(theta) is Phi(theta / sigma),
+its slope at 0 is 1 / (sigma sqrt(2 pi)). PGPE estimates that; RGS averages gradients that are all
+0. In return RGS learns D numbers from each evaluation, PGPE one, so RGS needs far fewer samples.
 
     Sehnke et al. 2010, "Parameter-exploring policy gradients" (PGPE; symmetric sampling)
     Balauca et al. 2025, "Gaussian loss smoothing enables certified training with tight convex
     relaxations" (both, for certified training; RGS is their randomised gradient smoothing)
 
-Nothing here knows of networks or bounds. A loss maps parameter vectors (P, D) to losses (P,), one
-per vector and each depending on its own vector alone. theta (D,) is read, never modified: there
-is nothing to restore after a step. All randomness comes from the torch.Generator passed in.
+Nothing here knows of networks or bounds. A loss maps parameter vectors (P, D) to losses (P,), each
+depending on its own vector alone. theta (D,) is read, never modified: there is nothing to restore
+after a step. All randomness comes from the torch.Generator passed in.
 
 Parts. A loss that averages over data, L = (L_1 + ... + L_m) / m, may be passed as the sequence of
 the L_j: sample or pair i then sees number i mod m alone, at an m-th of the price. Their number n is
@@ -29,9 +28,9 @@ a multiple of m, so all are seen equally often and the mean stays. n times the v
 mean over j of that of one sample of L_j (independent samples). For slopes a_j, RGS stays exact, and
 PGPE goes, in coordinate k, from |a|^2 + a_k^2 with a = mean a_j to the mean of |a_j|^2 + a_jk^2.
 
-Many processes. shard=(rank, world) tells an estimator that world processes, torch.distributed's
-default group, call it together, with the same arguments and generator. Each draws all the noise,
-evaluates its share, and they add up what they found: PGPE losses, never gradients; RGS a gradient.
+Many processes. With shard=(rank, world), all of torch.distributed's default group call an estimator
+together, with the same arguments and generator. Each draws all the noise and evaluates its share;
+they add up what they found: PGPE losses, never gradients; RGS a gradient.
 
 PGPE in eight lines:
 
@@ -83,23 +82,23 @@ def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True, shard=(0,
         sums[0] += difference[i] @ eps
         sums[1] += surplus[i] @ eps.square_().sub_(1) if adapt else 0
     grad, slopes = sums.div_(pairs * sigma)
-    return middle.mean(), grad, (slopes if sigma.dim() else slopes.sum()) if adapt else None
+    slopes = slopes if sigma.dim() else slopes.sum()
+    return middle.mean(), grad, slopes if adapt else None
 
 
 def rgs(loss, theta, sigma, samples, generator, antithetic=False, chunk=None, shard=(0, 1)):
     """First-order estimate: (mean loss, mean gradient (D,), None) at randomly perturbed weights.
 
         1/n sum_i grad L(theta + sigma * eps_i)
-
-    An unbiased estimate of E[grad L(theta + sigma * eps)]: the gradient of the smoothed loss if L
-    is continuous wherever the noise reaches, not only at theta. What L's jumps add is missing.
+    Unbiased for E[grad L(theta + sigma * eps)], which lacks what L's jumps add.
     antithetic: use eps and -eps; samples is then even. Both signs see the same part if samples is a
     multiple of 2 m. Two samples of two parts, + on one and - on the other, cost one gradient, as
     unbiased: each sign is N(0, I) by itself. Other arguments as in pgpe; the noise is held whole.
     With shard, each process takes about as many samples, the result that of one but for rounding.
     """
     losses, theta, sigma = _check(loss, theta, sigma, chunk, antithetic, samples=samples)
-    eps = _noise(samples // 2 if antithetic else samples, theta, generator)
+    rows = samples // 2 if antithetic else samples
+    eps = _noise(rows, theta, generator)
     eps = torch.cat([eps, -eps]) if antithetic else eps           # (n, D)
     sums = theta.new_zeros(1 + len(theta))                        # of the losses, of the gradients
     rank, world = shard
@@ -119,7 +118,7 @@ def smoothed_loss(loss, theta, sigma, samples, generator, chunk=None):
     pairs = samples // 2
     losses, theta, sigma = _check(loss, theta, sigma, chunk, True, samples=samples, pairs=pairs)
     middle = _antithetic_losses(losses, theta, sigma, pairs, generator, chunk)[1].mean(0)
-    error = middle.std() / len(middle) ** 0.5 if len(middle) > 1 else middle.new_tensor(torch.inf)
+    error = middle.std() / pairs ** 0.5 if pairs > 1 else middle.new_tensor(torch.inf)
     return middle.mean(), error
 
 
@@ -156,7 +155,9 @@ def _losses(loss, points):
 @torch.no_grad()
 def _antithetic_losses(losses, theta, sigma, n, generator, chunk, shard=(0, 1)):
     """The turns, and L(theta + sigma eps_i) and L(theta - sigma eps_i), (2, n)."""
-    chunk, (rank, world), values = chunk or 2 * n, shard, theta.new_zeros(2, n)
+    rank, world = shard
+    chunk = chunk or 2 * n
+    values = theta.new_zeros(2, n)
     turns = _turns(losses, torch.arange(n), max(1, chunk // 2))
     for turn, (loss, i) in enumerate(turns):
         d = _noise(len(i), theta, generator).mul_(sigma)        # in place, here and below: memory
@@ -171,13 +172,12 @@ def _antithetic_losses(losses, theta, sigma, n, generator, chunk, shard=(0, 1)):
 
 def _gradients(loss, points):
     """Losses (n,) and their gradients (n, D), zero where the loss does not depend on the points."""
-    points = points.requires_grad_()
+    points.requires_grad_()
     with torch.enable_grad():
         values = _losses(loss, points)
         if not values.requires_grad:                              # a step function, say
             return values, torch.zeros_like(points)
-        grads, = torch.autograd.grad(values.sum(), points, allow_unused=True,
-                                     materialize_grads=True)
+        grads, = torch.autograd.grad(values.sum(), points, materialize_grads=True)
     return values.detach(), grads
 
 
@@ -187,7 +187,7 @@ def _check(loss, theta, sigma=1.0, chunk=None, antithetic=False, **counts):
     if theta.dim() != 1:
         raise ValueError(f"theta has to be one vector (D,), not {tuple(theta.shape)}")
     for name, n in {**counts, "chunk": chunk or 1}.items():
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        if type(n) is not int or n < 1:
             raise ValueError(f"{name}={n} has to be a whole number, at least 1")
         if antithetic and name == "samples" and n % 2:
             raise ValueError(f"{name}={n} has to be even, for antithetic pairs")

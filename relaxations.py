@@ -59,7 +59,7 @@ float32 has (TF32, bfloat16) are not used, whatever is set elsewhere.
 
 How to read this file. "The heart" is the method, whole, in 150 lines. "The door" is what users
 call. "Free choices" are alpha- and beta-CROWN: the same back-substitution with other lines. Then
-comes one line; below it the same numbers are computed faster, and nothing above needs it.
+comes one line; below it the same numbers are asked of faster/, which nothing above needs.
 
 Letters in shape comments, here and in the other modules:
     P  parameter vectors (the population; 1 if there is only one)      B  samples      K  classes
@@ -70,7 +70,7 @@ Letters in shape comments, here and in the other modules:
 """
 import math
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -251,10 +251,19 @@ def for_rows(box):
 # negative coefficients: whoever adds one vouches for both, or refuses settings in check_layer of
 # plumbing/reading.py. RESHAPE changes nothing but shapes. A subclass that defines nothing but a
 # constructor counts as its base.
-AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.BatchNorm1d,
-          nn.BatchNorm2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-          nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d)
-RESHAPE = nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d
+AFFINE = (
+    nn.Linear,
+    nn.Conv1d, nn.Conv2d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d,
+    nn.BatchNorm1d, nn.BatchNorm2d,
+    nn.AvgPool1d, nn.AvgPool2d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.Upsample,
+    nn.ZeroPad1d, nn.ZeroPad2d,
+    nn.ConstantPad1d, nn.ConstantPad2d)
+RESHAPE = (
+    nn.Flatten, nn.Unflatten, nn.Identity,
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 
 class Network(NamedTuple):
@@ -271,8 +280,7 @@ class Network(NamedTuple):
     def margins(self, box, y, bounds, ask):
         """The bounds of the margins, (P, B, K)."""
         eye = torch.eye(*self.shapes[-1]).to(box.lower)
-        rows = eye[y][:, None] - eye
-        rows = rows.expand(self.P, -1, -1, -1)                         # slopes are of each member
+        rows = (eye[y][:, None] - eye).expand(self.P, -1, -1, -1)      # slopes are of each member
         bound = partial(best_slopes, ascent=ask.ascent) if ask.ascent else lower_bound
         return margins(self.stages, rows, bounds, box, ask.relax, ask.slope, bound)
 
@@ -284,9 +292,13 @@ class Network(NamedTuple):
             steps += [Shift(of_relu), line, note, *layers]
         return lower_bound(rows, 0, steps)
 
-    def layouts(self):
-        """What each stage reads and, last, the logits, if the rows are not in PyTorch's order."""
-        return [()] * (len(self.stages) + 1)
+    def ordered(self, t, k):
+        """What stage k reads or, for the last k, the logits, in the order that rows have them."""
+        return t                                           # PyTorch's; the fast path has its own
+
+    def restored(self, t, k):
+        """And in PyTorch's order again."""
+        return t
 
 
 def read_network(net, in_shape, params=None, trusted=False):
@@ -315,11 +327,12 @@ def prepare(net, x, eps, relax, params, trusted=False):
     if not trusted:
         check_numbers(x, [layer.tensors for layers in network.stages for layer in layers])
         eps = as_radii(eps, x)
-    ends = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
-    box = Box(*(end.flatten(1)[None] for end in ends))
+    ball = Box((x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
+    box = Box(*(end.flatten(1)[None] for end in ball))
     first, *rest = network.stages
     while first and isinstance(first[0].module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-        box, first = Box(*first[0].interval(*box)), first[1:]
+        norm, *first = first
+        box = Box(*norm.interval(*box))
     return network._replace(stages=[first, *rest]), box
 
 
@@ -348,9 +361,8 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     Differentiable with respect to the parameters (and x).
 
     The rows logit[y] - logit[k] are multiplied into what follows the last ReLU before it is bounded
-    ("elision", Gowal et al. 2018). Two logits that rise together then cancel: if logit 0 is
-    h + 1 and logit 1 is h, with h in [0, 5], the margin is exactly 1, while bounding the
-    logits apart gives 1 - 5 = -4.
+    ("elision", Gowal et al. 2018). Two logits that rise together then cancel: if logit 0 is h + 1
+    and logit 1 is h, with h in [0, 5], the margin is 1; bounding them apart gives 1 - 5 = -4.
 
     net: nn.Sequential of ReLU and of layers in AFFINE and RESHAPE, in eval mode, ending in (B, K).
     x: (B, ...) pixels in [0, 1], float32 or float64 like the parameters.  y: (B,) labels.
@@ -376,7 +388,8 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
     if not trusted:
         y = as_labels(y, x, *network.shapes[-1])
         check_bounds(intermediate, bound_shapes(network, x, params), x)
-    ask, machine = options(relax, slope, skip_stable, steps, Budget(memory, x)), engine(network)
+    ask = options(relax, slope, skip_stable, steps, Budget(memory, x))
+    machine = engine(network)
     with full_precision(x):
         if intermediate is None:
             bounds = machine.neurons(box, ask)
@@ -384,10 +397,10 @@ def margin_lower_bounds(net, x, y, eps, relax="deeppoly", params=None, skip_stab
             flat = lambda t: t.reshape(network.P, len(x), -1)
             bounds = [Box(flat(l), flat(u)) for l, u in intermediate]
         low = machine.margins(box, y, bounds, ask)
-    if relax == "alpha-crown" and intermediate is None:     # tighter bounds may flip a rule's slope
-        deeppoly = margin_lower_bounds(net, x, y, eps, "deeppoly", params, skip_stable, slope=slope,
-                                       memory=memory)
-        low = torch.maximum(low, deeppoly)
+        if ask.ascent and intermediate is None:             # tighter bounds may flip a rule's slope
+            plain = ask._replace(ascent=0)
+            deeppoly = machine.margins(box, y, machine.neurons(box, plain), plain)
+            low = torch.maximum(low, deeppoly)
     return low[0] if params is None else low
 
 
@@ -411,12 +424,6 @@ def options(relax, slope, skip_stable, steps, budget):
     check_whole(0, steps=steps)
     substitute, ascent = relax in ("deeppoly", "alpha-crown"), steps * (relax == "alpha-crown")
     return Options(relax, as_rule(slope, SLOPES), skip_stable, substitute, ascent, budget)
-
-
-def engine(network):
-    """The network as the fast path reads it, if FAST and if it can; else as the heart does."""
-    quick = read_ops(network) if FAST and isinstance(network, Network) else None
-    return quick or network
 
 
 # =================================================================================== free choices
@@ -472,17 +479,19 @@ def ascend(bound, free, limits, rates, steps, *, target=torch.inf, shield=nullco
     shield: a context for the bounds. No factor of the bounds matters: Adam's epsilon is tiny.
     """
     free = [t.detach().clone().requires_grad_() for t in free]
-    optimizer = torch.optim.Adam([{"params": t, "lr": r} for t, r in zip(free, rates)],
-                                 eps=torch.finfo(free[0].dtype).tiny ** 0.5, maximize=True,
-                                 fused=True)
+    groups = [{"params": t, "lr": rate} for t, rate in zip(free, rates)]
+    tiny = torch.finfo(free[0].dtype).tiny ** 0.5
+    optimizer = torch.optim.Adam(groups, eps=tiny, maximize=True, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    best, chosen = -torch.inf, [t.detach().clone() for t in free]
+    best = -torch.inf
+    chosen = [t.detach().clone() for t in free]
     for step in range(steps + 1):
         with torch.enable_grad(), shield():
             low = bound(free)
             total = low.sum()                              # rows share nothing that is free
-        better = low.detach() > best
-        best = torch.where(better, low.detach(), best)
+        low = low.detach()
+        better = low > best
+        best = torch.where(better, low, best)
         for t, c in zip(free, chosen):
             torch.where(better[..., None], t.detach(), c, out=c)
         if step == steps or (best > target).all():
@@ -508,8 +517,9 @@ def best_slopes(A, d, steps, ascent, shield=nullcontext):
         rows = torch.broadcast_shapes(A.shape[:-1], line.lower.shape[:-1])
         start.append(line.lower.expand(*rows, -1))
     limits = [(line.upper.floor(), line.upper.ceil()) for line in lines]
+    rates = [RATES[0]] * len(lines)
     chosen = lambda slopes: lower_bound(A, d, with_lower(steps, slopes))
-    best, slopes = ascend(chosen, start, limits, [RATES[0]] * len(start), ascent, shield=shield)
+    best, slopes = ascend(chosen, start, limits, rates, ascent, shield=shield)
     return chosen(slopes) if torch.is_grad_enabled() else best
 
 
@@ -567,14 +577,13 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
     give the input and, from below upwards, the outputs of each ReLU.
     """
     machine = engine(network)
-    layouts = machine.layouts()
     sizes = [math.prod(shape) for shape in network.shapes[:-1]]
 
     def of_each(order, t):
-        """The parts of t (B, N) that belong to each ReLU, in an order: hwc, as rows, or chw."""
-        parts = zip(t.split(sizes, -1), layouts[1:])
-        ordered = [order(part, layout) for part, layout in parts]
-        return torch.cat([t[:, :0], *ordered], -1)
+        """What t (B, N) has for each ReLU, in that of the machine's two orders."""
+        parts = enumerate(t.split(sizes, -1), 1)
+        parts = [order(part, k) for k, part in parts]
+        return torch.cat([t[:, :0], *parts], -1)
 
     def chosen(choices):
         slopes, multipliers = map(by_relu, choices)
@@ -582,639 +591,51 @@ def subdomain_bounds(network, sub, steps=0, target=torch.inf, trace=None):
         return machine.of_rows(rows, each, multipliers, box, notes)[0, :, 0]
 
     by_relu = lambda t: t[None, :, None].split(sizes, -1)                    # (1, B, 1, N) each
-    box = Box(*(hwc(t[:, :, None], layouts[0]) for t in sub.box))
-    rows = hwc(sub.rows, layouts[-1])[None, :, None]                         # (1, B, 1, K)
-    l, u, signs, slopes, multipliers = (of_each(hwc, t) for t in sub[2:])
+    rows = machine.ordered(sub.rows, len(network.shapes))
+    rows = rows[None, :, None]                                               # (1, B, 1, K)
+    box = for_rows(machine.ordered(end, 0) for end in sub.box)
+    of_neurons = [of_each(machine.ordered, t) for t in sub[2:]]
+    l, u, signs, slopes, multipliers = of_neurons
     whole = relax_relu(l, u, lambda l, u: slopes.clamp(0, 1))
     lines = [Lines(*parts) for parts in zip(*map(by_relu, whole))]
-    notes = [Note([]) for _ in layouts[1:]]
+    notes = [Note([]) for _ in network.shapes]
     choices = whole.lower, signs * F.relu(signs * multipliers)
     with full_precision(l):
         low = chosen(choices)
         found = [note.kept[0][0, :, 0] for note in notes]                    # (B, N) of each
         if trace is not None:
-            trace += [chw(A, layout) for A, layout in zip(found, layouts)]
+            trace += [machine.restored(A, k) for k, A in enumerate(found)]
         if not steps or not sizes or (low > target).all():
             return low, sub.slopes, sub.multipliers
-        # The unit of beta: the largest coefficient that the row has of the same ReLU.
-        large = [A.abs() for A in found[1:]]
-        largest = [A.amax(1, keepdim=True).expand_as(A) for A in large]
-        unit = torch.cat(largest, 1)
-        unit = unit.where(unit > 0, 1)
+        unit = unit_of_beta(found[1:])
         none = torch.zeros_like(signs)
-        limits = [(whole.upper.floor(), whole.upper.ceil()),
-                  (none.masked_fill(signs < 0, -torch.inf), none.masked_fill(signs > 0, torch.inf))]
+        lowest = none.masked_fill(signs < 0, -torch.inf)
+        highest = none.masked_fill(signs > 0, torch.inf)
+        of_slopes = whole.upper.floor(), whole.upper.ceil()
+        limits = [of_slopes, (lowest, highest)]
         in_units = lambda free: chosen((free[0], free[1] * unit))
-        low, (slopes, betas) = ascend(in_units, (choices[0], choices[1] / unit), limits, RATES,
-                                      steps, target=target)
-    return low, of_each(chw, slopes), of_each(chw, betas * unit)
+        start = choices[0], choices[1] / unit
+        low, (slopes, betas) = ascend(in_units, start, limits, RATES, steps, target=target)
+    found = slopes, betas * unit
+    return low, *(of_each(machine.restored, t) for t in found)
+
+
+def unit_of_beta(coefficients):
+    """The largest coefficient (B, N) that each row has of a neuron of the same ReLU."""
+    large = [A.abs().amax(1, keepdim=True).expand_as(A) for A in coefficients]
+    unit = torch.cat(large, 1)
+    return unit.where(unit > 0, 1)
 
 
 # ===================================================================== the same numbers, faster
-# Nothing above needs what follows; FAST = False leaves it out. It reads Conv2d, Linear, BatchNorm
-# and zero padding, as most networks have nothing else; any other goes through the heart.
-#
-# Prices, as times longer without a piece: benchmarks/prices.py, CNN3 with 64 images of digits and
-# MNIST, initial weights, one thread of an AMD EPYC.
-#     unstable_rows    8.3   skip_stable, after training by box; else nearly all rows are unstable
-#     first_relu       1.6 to 1.8   DeepPoly, which is_dense lets in
-#     sub_pixel        1.2 to 1.4   CROWN-IBP forward; 1.04 to 1.19 with its gradient
-# The windows and the memory budget have no short form beside the heart itself: 4 to 8 times.
-
-class Op(NamedTuple):
-    """A Layer without its module: a linear one (stride None) or a convolution.
-
-    Its bounds are in PyTorch's order; rows, and the lines and the box that they meet, in the order
-    (height, width, channel), in which transposed convolutions are fastest (hwc translates).
-    """
-    weight: torch.Tensor     # (P, O, N), or (P, O, C/groups, kh, kw)
-    bias: torch.Tensor       # (P, O)
-    in_shape: tuple          # (N,) or (C, H, W), also of a linear layer that reads a map
-    out_shape: tuple
-    stride: tuple = None
-    padding: tuple = (0, 0)
-    dilation: tuple = (1, 1)
-    groups: int = 1
-
-    def apply(self, h, weight, bias=None):
-        """W h + b: (P or 1, B, N) -> (P, B, N')."""
-        P, B = len(weight), h.shape[1]
-        if self.stride is None:
-            y = (weight @ h.mT).mT           # not h @ weight.mT, whose gradient is a transpose
-            return y if bias is None else y + bias[:, None]
-        # The population becomes channels: one grouped convolution, or, while all members still see
-        # the same input, one convolution with P times the output channels.
-        shared = len(h) == 1 and self.groups == 1
-        h = h if shared else h.expand(P, -1, -1)
-        h = h.transpose(0, 1).reshape(B, -1, *self.in_shape[1:])
-        y = F.conv2d(h, weight.flatten(0, 1), None if bias is None else bias.flatten(),
-                     self.stride, self.padding, self.dilation, 1 if shared else P * self.groups)
-        return y.reshape(B, P, -1).transpose(0, 1)
-
-    def interval(self, lower, upper):
-        centre = torch.lerp(lower, upper, 0.5)
-        radius = self.apply(upper - centre, self.weight.abs())
-        centre = finite(self.apply(centre, self.weight, self.bias))
-        return centre - radius, centre + radius
-
-    def back(self, A, d, kernel=None, size=None, padding=None):
-        """Layer.back, for rows A (P, ..., Q) of all outputs; or of a window of them of the size
-        kernel, which sees inputs of the given size."""
-        window = (kernel or self.out_shape[1:], size or self.in_shape[1:],
-                  self.padding if padding is None else padding)
-        lead, rows = A.shape[1:-1], A.flatten(1, -2)                           # (P, rows, Q)
-        bias = self.bias.repeat(1, math.prod(window[0]))[..., None]
-        d = d + (rows @ bias).squeeze(2).unflatten(1, lead)
-        if self.stride is None or is_dense(self, window[1]):
-            rows = rows @ self.matrix(*window)
-        else:
-            rows = self.transposed(rows, *window)
-        return rows.unflatten(1, lead), d
-
-    def matrix(self, kernel, size, padding):
-        """The layer on such a window as a matrix, (P, Q, Q')."""
-        if self.stride is None:
-            return hwc(self.weight, self.in_shape)
-        eye = torch.eye(self.weight.shape[1] * math.prod(kernel)).to(self.weight)
-        return self.transposed(eye[None], kernel, size, padding)
-
-    def transposed(self, rows, kernel, size, padding):
-        """Rows (P, M, Q) of a window of outputs as rows of the inputs that it sees."""
-        P, O = self.bias.shape
-        A = as_map(rows.expand(P, -1, -1), (O, *kernel))
-        A = conv_transpose(A, self.weight.flatten(0, 1), size, self.stride, padding,
-                           self.dilation, P * self.groups)
-        return as_rows(A, P)
-
-
-def as_map(t, shape):
-    """(P, B, H*W*C) -> (B, P*C, H, W), in the memory as torch.channels_last has it."""
-    C, H, W = shape
-    t = t.unflatten(-1, (H, W, C)).permute(1, 2, 3, 0, 4)                      # (B, H, W, P, C)
-    return t.flatten(3).permute(0, 3, 1, 2)
-
-
-def as_rows(y, P):
-    """(B, P*C, H, W) -> (P, B, H*W*C)."""
-    y = y.permute(0, 2, 3, 1).unflatten(-1, (P, -1))                           # (B, H, W, P, C)
-    return y.permute(3, 0, 1, 2, 4).flatten(2)
-
-
-def hwc(t, shape):
-    """The last dimension of t, if it is a map (C, H, W), in the order (H, W, C)."""
-    if len(shape) < 3:
-        return t
-    return t.unflatten(-1, (shape[0], -1)).mT.flatten(-2)
-
-
-def hwc_box(pair, shape):
-    return Box(*(hwc(t, shape) for t in pair))
-
-
-def chw(t, shape):
-    """The last dimension of t, if it is a map, in PyTorch's order again."""
-    if len(shape) < 3:
-        return t
-    return t.unflatten(-1, (-1, shape[0])).mT.flatten(-2)
-
-
-def is_dense(op, size):
-    """Is a product with one dense matrix, mostly zeros, faster than the transposed convolution?
-    Measured on a CPU: the fewer the channels below, the slower is the convolution."""
-    C, kh, kw = op.weight.shape[2:]
-    return size[0] * size[1] * C <= min(64, 10 * C) * kh * kw
-
-
-def read_ops(network):
-    """The QuickNetwork of a Network, or None."""
-    stages, source = [[] for _ in network.stages], ()      # source: shape of what the last Op gives
-    for ops, layers in zip(stages, network.stages):
-        for layer in layers:
-            if not read_op(layer, ops, source):
-                return None
-            source = ops[-1].out_shape
-    return QuickNetwork(stages, network.shapes, network.P)
-
-
-def read_op(layer, ops, source):
-    """Append the layer to ops as an Op, or fold it into the last of them; False: it cannot be."""
-    module, tensors, shape = layer.module, layer.tensors, layer.in_shape
-    norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
-    if isinstance(module, nn.Linear) and len(shape) == 1:
-        weight = tensors["weight"]
-        op = Op(weight, bias_of(tensors, weight), source or shape, layer.out_shape)
-    elif len(shape) == 3 and source in ((), shape) and conv_padding(module):
-        weight, options = tensors["weight"], (module.stride, conv_padding(module), module.dilation)
-        op = Op(weight, bias_of(tensors, weight), shape, layer.out_shape, *options, module.groups)
-    elif norm and ops and source == shape:
-        op, (scale, shift) = ops.pop(), scale_and_shift(module, tensors)
-        each = scale.view(*scale.shape, *[1] * (op.weight.dim() - 2))
-        op = op._replace(weight=op.weight * each, bias=op.bias * scale + shift)
-    elif norm and len(shape) == 3 and source in ((), shape):
-        scale, shift = scale_and_shift(module, tensors)
-        kernel = scale[..., None, None, None]                                # (P, C, 1, 1, 1)
-        op = Op(kernel, shift, shape, shape, stride=(1, 1), groups=shape[0])
-    else:
-        return False
-    ops.append(op)
-    return True
-
-
-def bias_of(tensors, weight):
-    bias = tensors["bias"].flatten(1) if "bias" in tensors else weight.new_zeros(())
-    return bias.expand(weight.shape[:2])                       # that of Linear may be one number
-
-
-def conv_padding(module):
-    """(above and below, left and right) of a Conv2d that pads with zeros, alike on both sides."""
-    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
-        return None
-    if module.padding != "same":
-        return (0, 0) if module.padding == "valid" else module.padding
-    width = spans(module.weight.shape[2:], module.dilation)
-    return tuple(w // 2 for w in width) if all(w % 2 for w in width) else None
-
-
-def spans(kernel, dilation):
-    """The cells along each axis from the first to the last that a kernel sees."""
-    return [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
-
-
-def scale_and_shift(norm, tensors):
-    """s = gamma / sqrt(var + eps) and t = beta - s mean, (P, C) each: BatchNorm is z -> s z + t."""
-    scale = (tensors["running_var"] + norm.eps).rsqrt() * tensors.get("weight", 1)
-    return scale, tensors.get("bias", 0) - tensors["running_mean"] * scale
-
-
-# One neuron of a convolution depends on a small window of the map below, and, further down, on a
-# larger window of the next map. So its coefficients are kept for that window only:
-#
-#     the bounded layer      the map below            the map below that
-#     . . . . .              . . . . . . .            . . . . . . . . .
-#     . . # . .   kernel 3   . . # # # . .  kernel 3  . . # # # # # . .
-#     . . . . .   -------->  . . # # # . .  ------->  . . # # # # # . .     stride 1 in this drawing
-#     . . . . .              . . # # # . .            . . # # # # # . .
-#
-# The neuron at position (y, x) sees the rows  y*stride - padding + (0 .. kernel-1), columns alike.
-# What falls outside the map is zero padding: lines and inputs read there are 0, so the coefficients
-# there vanish by themselves. When the window outgrows the map, and below linear layers, a row holds
-# one coefficient for each neuron. Rows are A (P, B, G, R, Q), and d (P, B, G, R).
-
-class View(NamedTuple):
-    """What the rows at each position see of a map: a window, or all of it (kernel None)."""
-    shape: tuple                   # of the map, (C, H, W) or (N,)
-    positions: tuple = (1, 1)      # (Ho, Wo) of the bounded layer
-    kernel: tuple = None
-    stride: tuple = (1, 1)
-    padding: tuple = (0, 0)
-    sample: torch.Tensor = None    # (P, U) of rows picked one by one: member * B + sample
-    position: torch.Tensor = None  # (P, U) and their position, 0 <= position < G
-
-    def size(self):
-        """Q, the coefficients of a row."""
-        return math.prod(self.shape if self.kernel is None else (self.shape[0], *self.kernel))
-
-    def below(self, op):
-        """The view of the inputs of op that comes of this view of its outputs."""
-        if self.kernel is None or op.stride is None:
-            return self._replace(shape=op.in_shape, kernel=None)
-        along = zip(self.kernel, op.stride, spans(op.weight.shape[3:], op.dilation))
-        kernel = tuple((K - 1) * s + span for K, s, span in along)
-        if math.prod(kernel) >= 2 * math.prod(op.in_shape[1:]):
-            return self._replace(shape=op.in_shape, kernel=None)
-        stride = tuple(S * s for S, s in zip(self.stride, op.stride))
-        along = zip(self.padding, op.stride, op.padding)
-        padding = tuple(Q * s + p for Q, s, p in along)
-        return self._replace(shape=op.in_shape, kernel=kernel, stride=stride, padding=padding)
-
-    def cells(self, device):
-        """The cells of the map that each position sees, (G, cells); H*W is padding."""
-        size = self.shape[1:]
-        return seen_cells(size, self.positions, self.kernel, self.stride, self.padding, device)
-
-    def take(self, t):
-        """What the rows see of t (P or 1, B, N): (P, B, G, 1, Q); if picked, (P, U, 1, 1, Q)."""
-        if self.kernel is None:
-            t = t[:, :, None]                                                   # (P, B, 1, N)
-            if self.sample is not None:
-                t = t.expand(len(self.sample), -1, -1, -1)
-                t = t.flatten(0, 1)[self.sample]
-            return t[..., None, :]
-        cells = self.cells(t.device)
-        t = t.unflatten(-1, (-1, self.shape[0]))
-        t = F.pad(t, (0, 0, 0, 1))                                          # (P, B, H*W + 1, C)
-        if self.sample is not None:
-            at = self.sample[..., None] * t.shape[2] + cells[self.position]   # (P, U, cells)
-            t = t.expand(len(at), -1, -1, -1).flatten(0, 2)
-            t = t.index_select(0, at.flatten())
-            return t.view(*at.shape[:2], 1, 1, -1)
-        t = t.index_select(2, cells.flatten())
-        return t.view(*t.shape[:2], len(cells), 1, -1)
-
-    def spread(self, A, d):
-        """Rows over windows as rows over the map: (P, B, G, R, Q) -> (P, B, 1, G*R, N)."""
-        cells = self.cells(A.device)
-        cells = cells[None, None] if self.sample is None else cells[self.position][:, :, None]
-        A = A.unflatten(-1, (-1, self.shape[0]))
-        A, at = torch.broadcast_tensors(A, cells[..., None, :, None])  # (P, B, G, R, cells, C)
-        *lead, _, C = A.shape
-        zeros = A.new_zeros(*lead, math.prod(self.shape[1:]) + 1, C)           # last: padding
-        A = zeros.scatter(-2, at, A)[..., :-1, :].flatten(-2)
-        d = d.expand(lead).flatten(2)
-        return A.flatten(2, 3).unsqueeze(2), d.unsqueeze(2)
-
-
-@lru_cache(maxsize=64)
-def seen_cells(size, positions, kernel, stride, padding, device):
-    with torch.inference_mode(False):      # the result is kept, and has to serve in training too
-        (H, W), arange = size, partial(torch.arange, device=device)
-        ys, xs = (arange(n)[:, None] * s - p + arange(k)
-                  for n, s, p, k in zip(positions, stride, padding, kernel))
-        ys, xs = ys[:, None, :, None], xs[None, :, None, :]                 # (Ho, 1, kh, 1), ...
-        outside = (ys < 0) | (ys >= H) | (xs < 0) | (xs >= W)
-        cells = (ys * W + xs).masked_fill(outside, H * W)
-        return cells.flatten(2).flatten(0, 1)
-
-
-class Windowed(NamedTuple):
-    """An Op as a step for rows that see its outputs by a view."""
-    op: Op
-    view: View
-
-    def back(self, A, d):
-        below, view = self.view.below(self.op), self.view
-        if view.kernel and below.kernel:
-            return self.op.back(A, d, view.kernel, below.kernel, (0, 0))
-        return self.op.back(*(view.spread(A, d) if view.kernel else (A, d)))
-
-
-def way_down(view, stages, lines, box):
-    """The steps from the box up to stages[-1], whose outputs the rows see by the view; of the lines
-    and the box, (P or 1, B, N) each, they have what the rows see."""
-    steps, below_affine = [], True
-    for ops, line in zip(stages[::-1], [*lines[::-1], None]):
-        for op in reversed(ops):
-            if below_affine and view.padding != (0, 0) and view.kernel:
-                # No ReLU has been in between, so the coefficients on padding are not 0 yet.
-                ones = torch.ones_like(box.lower[..., :1])
-                inside = view.take(ones.expand(-1, -1, math.prod(view.shape)))
-                steps.append(Lines(inside, inside, 0 * inside))
-            steps.append(Windowed(op, view))
-            view, below_affine = view.below(op), True
-        if line is not None:
-            steps.append(Lines(*(view.take(t) for t in line)))
-            below_affine = False
-    return [Box(*(view.take(t) for t in box)), *steps[::-1]]
-
-
-def first_rows(op):
-    """The rows e_j W of a layer, which depend on the weights alone, by their first step down.
-
-    Returns W (P, Gx, O, Q), constants (P, Gx, O), and what W sees: a window, with Gx = 1 row per
-    channel that serves every position; or, if that outgrows the map, all of it, with Gx = G.
-    """
-    if op.stride is None:
-        W = hwc(op.weight, op.in_shape)
-        return W[:, None], op.bias[:, None], View(op.in_shape)
-    O = op.out_shape[0]
-    view = View(op.out_shape, op.out_shape[1:], (1, 1))
-    eye = torch.eye(O).to(op.weight)[None, None, None]
-    W, c = Windowed(op, view).back(eye, eye.new_zeros(1, 1, 1, O))
-    P, *_, Q = W.shape
-    W, c = W.view(P, -1, O, Q), c.view(P, -1, O)
-    return W, c, view.below(op)
-
-
-def all_rows(stages, lines, box, budget):
-    """Textbook bounds (l, u) of all outputs of stages[-1], (P, B, N) each."""
-    *below, (*others, op) = stages
-    below, (W, c, view) = [*below, others], first_rows(op)
-    P, _, O, Q = W.shape
-    B, G = box.lower.shape[1], math.prod(view.positions)
-    fused = None
-    if can_fuse(below, view):
-        *below, (*others, last), _ = below
-        fused = first_relu(W[:, 0], c[:, 0], view, lines[-1], last)
-        below, lines, view = [*below, others], lines[:-1], view.below(last)
-
-    def start(samples, some):
-        if fused:
-            return fused(samples, some)
-        rows = (t[:, :, some] for t in (W, c))
-        A, d = (both_signs(t, 2).flatten(1, 2) for t in rows)
-        return [(A[:, None, None], d[:, None, None])]
-
-    sizes = sizes_down(view, below)
-    fit, keeps = budget.fit(2 * P * G, sizes, held=3 + 3 / (2 * O))
-    samples, channels = min(B, fit), min(O, max(1, fit // B))
-    channels -= channels % 8 if channels > 8 else 0     # else products are half as fast
-    starts = range(0, O, channels)
-
-    def jobs():
-        for b in range(0, B, samples):
-            some = slice(b, b + samples)
-            way = way_down(view, below, parts_of(lines, some), *parts_of([box], some))
-            yield from ((some, slice(o, o + channels), way) for o in starts)
-
-    def bound(some, channels, way):
-        low = [lower_bound(A, d, way) for A, d in start(some, channels)]
-        low = [t.reshape(*t.shape[:2], G, -1) for t in low]
-        return torch.cat(low, 3).unflatten(3, (2, -1))                         # (P, b, G, 2, o)
-
-    low, n = budget.run(bound, jobs(), keeps * samples * channels), len(starts)
-    parts = [low[i:i + n] for i in range(0, len(low), n)]                      # of some samples
-    low = torch.cat([torch.cat(part, 4) for part in parts], 1)
-    low, minus_high = low.unbind(3)                                            # (P, B, G, O) each
-    return low.mT.flatten(2), -minus_high.mT.flatten(2)                        # in PyTorch's order
-
-
-def can_fuse(below, view):
-    """Are the next steps a ReLU and a convolution on a window, better as one matrix?"""
-    if len(below) < 2 or below[-1] or not below[-2] or not view.kernel:
-        return False
-    smaller = view.below(below[-2][-1])
-    return smaller.kernel and is_dense(below[-2][-1], smaller.kernel)
-
-
-def both_signs(t, dim):
-    """Rows, and minus the rows: an upper bound of z_j is minus a lower bound of -z_j."""
-    return torch.cat([t, -t], dim)
-
-
-def parts_of(maps, samples):
-    """The same Lines or Boxes for some of the samples."""
-    return [type(each)(*(t[:, samples] for t in each)) for each in maps]
-
-
-def unstable_rows(l, u, stages, lines, box, budget, ascent=0):
-    """(l, u) of all outputs of stages[-1], tightened by back-substitution of the neurons that they
-    leave unstable, only those. With steps of ascent, each row chooses its own lower slopes."""
-    unstable = (l < 0) & (u > 0)
-    member, sample, neuron = where = unstable.nonzero(as_tuple=True)
-    if not len(member):
-        return l, u
-    if len(member) > l.numel() / 2 and not ascent:   # picking most rows costs more than all at once
-        low, high = all_rows(stages, lines, box, budget)
-        return (torch.where(unstable, torch.maximum(l, low), l),
-                torch.where(unstable, torch.minimum(u, high), u))
-    *below, (*others, op) = stages
-    below, (W, c, view) = [*below, others], first_rows(op)
-    P, Gx, O, _ = W.shape
-    G = math.prod(view.positions)
-    # The t-th pick of each member, as tables (P, U); short lists are filled up with zeros.
-    counts = member.bincount(minlength=P)
-    before = counts.cumsum(0) - counts
-    slot = torch.arange(len(member), device=l.device) - before[member]
-    samples, neurons = member.new_zeros(2, P, int(counts.max()))
-    samples[member, slot], neurons[member, slot] = member * l.shape[1] + sample, neuron
-    fit, keeps = budget.fit(2 * P, sizes_down(view, below), held=5)
-    longest, members = samples.shape[1], torch.arange(P, device=l.device)[:, None]
-    U = min(longest, fit)
-
-    def bound(t):
-        position, channel = neurons[:, t:t + U] % G, neurons[:, t:t + U] // G
-        entry = members, position if Gx > 1 else 0, channel
-        picked = view._replace(sample=samples[:, t:t + U], position=position)
-        rows = (t[entry][:, :, None, None] for t in (W, c))
-        A, d = (both_signs(t, 3) for t in rows)                                # (P, U, 1, 2, Q)
-        way = way_down(picked, below, lines, box)
-        return best_slopes(A, d, way, ascent, no_checkpoint)[:, :, 0]
-
-    low = budget.run(bound, [(t,) for t in range(0, longest, U)], keeps * U)
-    low = torch.cat(low, 1)[member, slot]
-    return (l.index_put(where, torch.maximum(l[where], low[:, 0])),
-            u.index_put(where, torch.minimum(u[where], -low[:, 1])))
-
-
-def quick_neurons(stages, layouts, box, ask):
-    """neurons with substitute=True; with steps of ascent, as best_where_unstable does it."""
-    bounds, lines, inputs, box = [], [], box, hwc_box(box, layouts[0])
-    for s, ops in enumerate(stages[:-1]):
-        l, u = inputs
-        exact = not ops or s == 0 and len(ops) == 1
-        if exact or ask.skip_stable:
-            for op in ops:
-                l, u = op.interval(l, u)
-        if not exact and ask.skip_stable:
-            l, u = unstable_rows(l, u, stages[:s + 1], lines, box, ask.budget)
-        elif not exact:
-            l, u = all_rows(stages[:s + 1], lines, box, ask.budget)
-        if not exact and ask.ascent:
-            l, u = unstable_rows(l, u, stages[:s + 1], lines, box, ask.budget, ask.ascent)
-        bounds.append(Box(l, u))
-        lines = [*lines, relax_relu(*hwc_box(bounds[-1], layouts[s + 1]), ask.slope)]
-        inputs = F.relu(l), F.relu(u)
-    return bounds
-
-
-def first_relu(W, c, view, lines, op):
-    """The first two steps of back-substitution, a ReLU and the affine layer op below it, for rows
-    W z + c that all samples and positions share: W (P, O, Q), c (P, O).
-
-    With m and r the mean and half the difference of the two slopes, and t the intercept,
-        a relu(z)  >=  a (m z + t/2) - |a| (r z + t/2)
-        a relu(z)  <=  a (m z + t/2) + |a| (r z + t/2)
-    and z = M h + b. So two products serve for both: of m and r (P, B*G, Q) with what depends on
-    the weights alone, a M and |a| M (P, Q, O*Q'). No sample has coefficients of z of its own.
-
-    Returns a function of slices of samples and of rows: coefficients (P, B, G, O, Q') and
-    constants (P, B, G, O) of lower bounds of the rows, and the same of minus the rows.
-    """
-    M = op.matrix(view.kernel, view.below(op).kernel, (0, 0))                       # (P, Q, Q')
-    b = op.bias.repeat(1, math.prod(view.kernel))[:, None, None]
-    lower, upper, intercept = lines
-    maps = (lower + upper) / 2, (upper - lower) / 2, intercept / 2
-    mean, half, t = (view.take(each).squeeze(3) for each in maps)                # (P, B, G, Q)
-    sides = (mean, mean * b + t), (half, half * b + t)
-
-    def product(A, slope, constant):
-        AM = (A.mT[..., None] * M[:, :, None]).flatten(2)                      # (P, Q, O*Q')
-        lead = *slope.shape[1:3], A.shape[1]
-        return ((slope.flatten(1, 2) @ AM).view(len(M), *lead, -1),
-                (constant.flatten(1, 2) @ A.mT).view(len(M), *lead))
-
-    def start(samples, some):
-        A = W[:, some]
-        X, x = product(A, *(t[:, samples] for t in sides[0]))
-        Y, y = product(A.abs(), *(t[:, samples] for t in sides[1]))
-        x = x + c[:, None, None, some]
-        minus = (X + Y).neg_(), (x + y).neg_()
-        return [(X - Y, x - y), minus]
-
-    return start
-
-
-FEW = 3      # channels: up to so many, a transposed convolution is slow on a CPU
-
-
-def conv_transpose(A, weight, size, stride, padding, dilation, groups):
-    """conv_transpose2d to a map of the given size."""
-    kernel = weight.shape[2:]
-    square = all(t[0] == t[1] for t in (kernel, stride, padding))
-    if square and stride[0] > 1 and dilation == (1, 1) and weight.shape[1] <= FEW:
-        return sub_pixel(A, weight, size, stride[0], padding[0], groups)
-    along = zip(size, stride, padding, spans(kernel, dilation))
-    rest = [(n + 2 * p - span) % s for n, s, p, span in along]
-    return F.conv_transpose2d(A, weight, None, stride, padding, rest, groups, dilation)
-
-
-def sub_pixel(A, weight, size, s, p, groups):
-    """conv_transpose2d of stride s as a convolution to s*s times the channels, which are blocks of
-    s x s outputs (Shi et al. 2016, "sub-pixel").
-
-    Output y gets input i times weight[y + p - s i]. Blocks begin at -p; block Y has the outputs
-    s Y + a - p and sees inputs Y + t - m, where m = (k-1)//s. So the tap is weight[a + s (m - t)].
-    """
-    k = weight.shape[2]
-    m = (k - 1) // s
-    t = torch.arange(m + 1, device=A.device)
-    a = torch.arange(s, device=A.device)[:, None]
-    tap = (a + s * (m - t)).clamp(max=k)                                               # k: nothing
-    W = F.pad(weight, (0, 1, 0, 1))
-    W = W[..., tap[:, None, :, None], tap[:, None]]
-    W = W.unflatten(0, (groups, -1))                                   # (groups, O, C, a, b, t, t)
-    W = W.permute(0, 3, 4, 2, 1, 5, 6).flatten(0, 3)
-    A = F.conv2d(A, W, padding=m, groups=groups)
-    A = A.unflatten(1, (groups, s, s, -1))
-    A = A.permute(0, 5, 2, 6, 3, 1, 4)
-    A = A.flatten(5, 6).flatten(3, 4).flatten(1, 2)                       # (M, s Y, s X, groups*C)
-    below, right = (n + p - made for n, made in zip(size, A.shape[1:3]))
-    A = F.pad(A, (0, 0, -p, right, -p, below))
-    return A.permute(0, 3, 1, 2)
-
-
-def sizes_down(view, stages):
-    """The numbers of coefficients that one row holds, one after another, going down the stages."""
-    sizes = [view.size()]
-    for op in reversed([op for ops in stages for op in ops]):
-        view = view.below(op)
-        sizes.append(view.size())
-    return sizes
-
-
-class QuickNetwork(Network):
-    """A Network, with stages of Ops."""
-
-    @property
-    def K(self):
-        return self.shapes[-1][0]
-
-    def layouts(self):
-        """What each stage reads and, last, the logits: (C, H, W) or (N,)."""
-        layouts = [[op for ops in self.stages for op in ops][-1].out_shape]
-        for ops in reversed(self.stages):
-            layouts.append(ops[0].in_shape if ops else layouts[-1])
-        return layouts[::-1]
-
-    def neurons(self, box, ask):
-        if not ask.substitute:
-            return Network.neurons(self, box, ask)
-        return quick_neurons(self.stages, self.layouts(), box, ask)
-
-    def margins(self, box, y, bounds, ask):
-        """Samples go down in passes; no row is spent on the margin of y over itself."""
-        P, K, n, budget = self.P, self.K, len(y), ask.budget
-        if K == 1:               # nothing to bound; and where there are no rows PyTorch may crash
-            return box.lower.new_zeros(P, n, 1)
-        W, c = self.logits(box.lower)
-        if ask.relax == "box":
-            box, bounds = Box(*map(F.relu, bounds[-1])) if bounds else box, []
-            if K <= 32:
-                return self.box_of_few_classes(W, c, box, y)
-        stages, layouts = self.stages[:len(bounds)], self.layouts()[-2 - len(bounds):]
-        maps = [hwc_box(pair, layout) for pair, layout in zip([box, *bounds], layouts)]
-
-        def of_samples(b):
-            some, *pairs = parts_of(maps, slice(b, b + samples))
-            lines = [relax_relu(*for_rows(pair), ask.slope) for pair in pairs]
-            way = [for_rows(some), *interleaved([*stages, []], lines)]
-            return best_slopes(*self.rows(W, c, y[b:b + samples]), way, ask.ascent, no_checkpoint)
-
-        sizes = sizes_down(View(W.shape[2:]), stages)
-        fit, keeps = budget.fit(P * K, sizes, held=3 + 3 / K)
-        samples = min(n, fit)
-        jobs = [(b,) for b in range(0, n, samples)]
-        return self.filled_up(torch.cat(budget.run(of_samples, jobs, keeps * samples), 1), y)
-
-    def box_of_few_classes(self, W, c, box, y):
-        """The rows of all labels in one product, which serves all samples."""
-        labels, which = y.unique(return_inverse=True)
-        W = chw(W, self.layouts()[-2])
-        A, d = (t.flatten(1, 2) for t in self.rows(W, c, labels))              # (P, L*(K-1), N)
-        low = d[:, None] + box.lower @ A.mT
-        low = low + (box.upper - box.lower) @ minus(A).mT                      # (P, B, L*(K-1))
-        low = low.unflatten(2, (len(labels), -1))
-        low = low[:, torch.arange(len(y)), which]
-        return self.filled_up(finite(low), y)
-
-    def logits(self, like):
-        """The logits as functions of what the last stage reads: W (P, K, N) and c (P, K)."""
-        ops = self.stages[-1]
-        if ops and ops[-1].stride is None:                                     # no product with eye
-            *ops, last = ops
-            W, c = hwc(last.weight, last.in_shape), last.bias
-        else:
-            W = hwc(torch.eye(self.K), self.layouts()[-1])
-            W = W.to(like).expand(self.P, -1, -1)
-            c = W.new_zeros(W.shape[:2])
-        for op in reversed(ops):
-            W, c = op.back(W, c)
-        return W, c
-
-    def rows(self, W, c, y):
-        """logit[y] - logit[k] for the other classes k: A (P, B, K-1, N) and d (P, B, K-1)."""
-        def against(t):
-            of_others = t.index_select(1, others.flatten()).unflatten(1, others.shape)
-            return t.index_select(1, y).unsqueeze(2) - of_others
-
-        others = self.others(y)
-        return against(W), against(c)
-
-    def others(self, y):
-        """The other classes of each label, (B, K-1)."""
-        return (y[:, None] + torch.arange(1, self.K).to(y)) % self.K
-
-    def filled_up(self, low, y):
-        """(P, B, K-1) of the other classes -> (P, B, K), with 0 for the label itself."""
-        low_of_all = low.new_zeros(self.P, len(y), self.K)
-        return low_of_all.scatter(2, self.others(y).expand(self.P, -1, -1), low)
+# The folder faster/ computes them in an eighth to two thirds of the time on 8x8 images, and in much
+# less on larger ones: coefficients only for what a neuron sees, rows only for neurons that may be
+# unstable, as many at once as memory holds. Above, engine alone asks for it. FAST = False leaves it
+# out; so does a network with a layer that it does not know.
+
+def engine(network):
+    """The network as the fast path reads it, if FAST and if it can; else as the heart does."""
+    if not FAST or not isinstance(network, Network):
+        return network
+    from faster.network import fast_network                    # not above: it is built on this file
+    return fast_network(network) or network

@@ -24,7 +24,7 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import gls
-from plumbing.attack import attack, forward_margin, margins_of, smallest, worst_points
+from plumbing.attack import attack, forward_margin, margins_of, smallest
 from plumbing.checks import check_choice, check_problem, check_training, check_whole
 from plumbing.console import (InputError, Progress, Setting, check_together, checked, count, header,
                               not_negative, parser_of, pick_device, positive, positive_unit,
@@ -41,6 +41,7 @@ from plumbing.rounding import check_finite, first_not_finite, in_float64, unit_o
 from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, is_finished,
                            lengthen, locked, moved, new_folder, read_checkpoint, recording,
                            restored, run_folder)
+from plumbing.taps import last_part, latent_margins
 from plumbing.timing import seconds_at, time_left
 from plumbing.weights import read_weights
 from relaxations import (AFFINE, RELAXATIONS, RESHAPE, SLOPES, margin_lower_bounds,
@@ -69,8 +70,9 @@ SETTINGS = {
                       "Shi; digits here: a minute on 2 CPU cores"),
     "ramp": Setting(by_data(8, 20, 80, 20), count(0),
                     "epochs in which eps grows; scaled with --epochs", "Shi; digits here"),
-    "milestones": Setting(by_data([15, 18], [50, 60], [120, 140], [50, 60]), [count(0)],
-                          "epochs after which lr decays; scaled with --epochs", "Shi; digits here"),
+    "milestones": Setting(by_data([15, 18], [50, 60], [120, 140], [50, 60]),
+                          [count(0)], "epochs after which lr decays; scaled with --epochs",
+                          "Shi; digits here"),
     "batch_size": Setting(by_data(64, 256, 128, 128), count(1), "images in a step", "Shi; here"),
     "lr": Setting(by_data(2e-3, 5e-4, 5e-4, 5e-4), positive, "learning rate of Adam",
                   "Shi; digits here"),
@@ -203,7 +205,8 @@ def cc_ibp(m, a, alpha):
 
 
 def exp_ibp(m, a, alpha):
-    of_box, of_attack = (cross_entropy(t).clamp(min=1e-9) for t in (m, a))
+    of_box = cross_entropy(m).clamp(min=1e-9)
+    of_attack = cross_entropy(a).clamp(min=1e-9)
     return of_box ** alpha * of_attack ** (1 - alpha)
 
 
@@ -213,50 +216,8 @@ def taps(m, a, alpha):
     return cross_entropy(m) * cross_entropy(a)
 
 
-BASELINES = dict(zip((*ATTACKING, "taps"), (sabr, mtl_ibp, cc_ibp, exp_ibp, taps, taps)))
-
-
-def latent_margins(net, params, bounds, y, classes, split=1, expand=1.0):
-    """Of taps: margin k at a point that an attack found for k in a box inside the network, (P, B,
-    K); the box is where interval arithmetic has the outputs of the last ReLU but split.
-
-    bounds: of all neurons, as preactivation_bounds returns them. A gradient goes, expand times as
-    large, to what is above the box, and through linked to the box and so to what is below.
-    """
-    part, names = last_part(net, split), {p: name for name, p in net.named_parameters()}
-    above = {name: params[names[p]] for name, p in part.named_parameters()}
-    l, u = (F.relu(t).unsqueeze(2) for t in bounds[-1 - split])                  # (P, B, 1, ...)
-
-    def margins(above, points):                                                  # (P, B, K, ...)
-        logits = vmap(lambda p, z: functional_call(part, p, (z,)))(above, points.flatten(1, 2))
-        found = margins_of(logits.unflatten(1, points.shape[1:3]), y[:, None])
-        return found.diagonal(dim1=-2, dim2=-1)
-
-    fixed = {name: t.detach() for name, t in above.items()}
-    points = worst_points(lambda z: margins(fixed, z), l.detach(), u.detach(), classes)
-    low = margins(above, linked(points, l, u))
-    return low.detach() + expand * (low - low.detach())
-
-
-def last_part(net, relus):
-    """What is above all ReLUs but the last so many, as an nn.Sequential of the same layers."""
-    layers = [layer for _, layer in flat_layers(net)]
-    places = [i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
-    if relus >= len(places):
-        raise InputError(f"--split {relus}: with {len(places)} ReLUs in the network, it has to be "
-                         "less than that: taps and staps bound what is below")
-    return nn.Sequential(*layers[places[-1 - relus] + 1:])
-
-
-def linked(points, l, u, c=0.5):
-    """points in [l, u], which from here on move with the ends that they are near (the rectified
-    linear connector): d point / d u = relu(1 - (u - point) / (c (u - l))), and likewise d l."""
-    slack = c * (u - l).detach()
-
-    def motion(end):
-        share = F.relu(1 - (points - end.detach()).abs() / slack)
-        return torch.where(slack > 1e-5 * u.abs(), share, 0.5) * (end - end.detach())
-    return points + motion(l) + motion(u)
+BASELINES = {"sabr": sabr, "mtl-ibp": mtl_ibp, "cc-ibp": cc_ibp, "exp-ibp": exp_ibp,
+             "staps": taps, "taps": taps}
 
 
 def regularizers(bounds, radius, total=lambda t: t):
@@ -378,9 +339,11 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
     """A sound lower bound of forward_margin over the ball, (B,); close to zero, from float64."""
     if not len(x):
         return x.new_zeros(0)
-    low = torch.cat([margin_lower_bounds(net, a, b, eps, relax, **options)
-                     for a, b in zip(x.split(batch), y.split(batch))])
-    bound, scale = smallest(low, y), low.abs().amax(-1).clamp(min=unit_of(net, x))
+    batches = zip(x.split(batch), y.split(batch))
+    low = [margin_lower_bounds(net, a, b, eps, relax, **options) for a, b in batches]
+    low = torch.cat(low)
+    bound = smallest(low, y)
+    scale = low.abs().amax(-1).clamp(min=unit_of(net, x))
     close = bound.abs() < CLOSE * scale
     if close.any() and x.dtype != torch.float64:
         again = certified_margin(*in_float64(net, x[close], y[close]), eps, relax, batch, **options)
@@ -399,8 +362,8 @@ def evaluate(net, x, y, eps, batch=500, progress=lambda line: None, slope="adapt
     y = check_problem(net, x, y, eps, margin_lower_bounds, preactivation_bounds)
     result = {"natural": forward_margin(net, x, y).cpu() > 0}
     progress("attacking")
-    attacked = [forward_margin(net, attack(net, a, b, eps), b).cpu()
-                for a, b in zip(x.split(batch), y.split(batch))]
+    batches = zip(x.split(batch), y.split(batch))
+    attacked = [forward_margin(net, attack(net, a, b, eps), b).cpu() for a, b in batches]
     result["attack"] = result["natural"] & (torch.cat(attacked) > 0)
     for relax in CERTIFY:
         progress(f"bounding by {relax}")
@@ -419,7 +382,8 @@ def evaluate(net, x, y, eps, batch=500, progress=lambda line: None, slope="adapt
 def eps_at(progress, eps):
     """Training radius after a fraction of the ramp: quartic up to a quarter of it, then linear,
     with the same value and slope where they meet (the smooth schedule of Shi et al. 2021)."""
-    t, middle = min(max(progress, 0.0), 1.0), 0.25
+    middle = 0.25
+    t = min(max(progress, 0.0), 1.0)
     a = 1 / (middle ** 4 + 4 * middle ** 3 * (1 - middle))
     if t < middle:
         return eps * (a * t ** 4)
@@ -482,7 +446,8 @@ def why_not_finite(net, x, eps, config, grad):
     return first_not_finite(net, bounds, unflatten(grad[None], net))
 
 
-def take_step(net, theta, optimizer, sigma, x, y, eps, config, *, noise, where="", trusted=False):
+def take_step(net, theta, optimizer, sigma, x, y, eps, config, *,
+              noise, where="", trusted=False):
     """One step of the optimiser, on theta, in place: sigma after it, and (loss, certified fraction,
     gradient norm) before it, (3,). FloatingPointError instead, if they are not finite."""
     certified = []
@@ -501,9 +466,11 @@ def take_step(net, theta, optimizer, sigma, x, y, eps, config, *, noise, where="
 def trial(net, x, y, config, device):
     """A gradient estimate at a fraction of the radius, as a function of that; it changes nothing
     and is for its time, with a part of a minibatch: of fewer images most of it would be fixed."""
-    size, theta = config["batch_size"], parameters_to_vector(net.parameters()).detach()
-    x, y = (t[:min(size, max(64, size // 4))].to(device) for t in (x, y))
-    sigma, noise = torch.tensor(config["sigma"], device=device), torch.Generator(device)
+    theta = parameters_to_vector(net.parameters()).detach()
+    size = config["batch_size"]
+    part = min(size, max(64, size // 4))
+    x, y = x[:part].to(device), y[:part].to(device)
+    noise, sigma = torch.Generator(device), torch.tensor(config["sigma"], device=device)
     return lambda full: estimate(losses_of_step(net, x, y, full * config["eps_train"], config),
                                  theta, sigma, config, noise)[0].item()
 
@@ -532,15 +499,17 @@ def train(net, x, y, config, device, folder, show=print, training=None, *, measu
     first, size = now["done"], config["batch_size"]          # the first step checks what is given
     steps = -(-len(x) // size)
     ramp = config["ramp"] * steps or 1                       # without one, full from the first step
-    fractions = [eps_at((i + 1) / ramp, 1.0) for i in range(config["epochs"] * steps)]
+    end = config["epochs"] * steps
+    fractions = [eps_at((i + 1) / ramp, 1.0) for i in range(end)]
     left = time_left(fractions, now["done"], measure)
     with recording(folder, net, config, now, len(x), show, left, **generators) as record:
-        while now["done"] < config["epochs"] * steps:
+        while now["done"] < end:
             epoch, step = divmod(now["done"], steps)
             if step == 0:
                 now["order"] = torch.randperm(len(x), generator=batches)
             images = now["order"][step * size:(step + 1) * size]
-            xb, yb = x[images].to(device), y[images].to(device)
+            xb = x[images].to(device)
+            yb = y[images].to(device)
             if config["augment"]:
                 xb = augment(xb, batches)
             eps = eps_at((now["done"] + 1) / ramp, config["eps_train"])
@@ -564,9 +533,9 @@ def fit(net, x, y, device="auto", show=None, **settings):
     given = checked(SETTINGS, settings, elsewhere.split())
     config = complete(given | dict(dataset="own.npz"))
     check_training(net, x)
-    device, net = pick_device(device), net.eval()
-    y = check_problem(net.to(x.device), x, y, config["eps"], margin_lower_bounds,
-                      preactivation_bounds)
+    device = pick_device(device)
+    net = net.eval().to(x.device)
+    y = check_problem(net, x, y, config["eps"], margin_lower_bounds, preactivation_bounds)
     logits, = read_network(net, x.shape[1:]).shapes[-1]
     config |= dict(input_shape=list(x.shape[1:]), classes=logits, device=str(device))
     if settings.get("init") == "ibp":
@@ -627,8 +596,8 @@ def main(argv=None):
 def train_and_show(net, config, training, data, device, show):
     """Train, from the start or from where training was, and print the table of the test images."""
     print(header(config, data, net), flush=True)
-    x, y = data.x_train[:config["subset"]], data.y_train[:config["subset"]]
-    measure = None
+    n, measure = config["subset"], None
+    x, y = data.x_train[:n], data.y_train[:n]
     if config["ramp"] and not is_finished(config, training):
         show("measuring how long a step takes")
         measure = lambda: seconds_at(trial(net, x, y, config, device))
@@ -638,7 +607,8 @@ def train_and_show(net, config, training, data, device, show):
     if rows:
         show_training(rows, config, show)
     n = config["test_subset"]
-    x, y = data.x_test[:n].to(device), data.y_test[:n].to(device)
+    x = data.x_test[:n].to(device)
+    y = data.y_test[:n].to(device)
     result = evaluate(net, x, y, config["eps"], progress=show, slope=config["slope"])
     write_evaluation(config["out"], result, config)
     show.done(f"{len(x)} test images, eps {config['eps']:.4g}:")

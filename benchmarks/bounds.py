@@ -37,6 +37,8 @@ import torch
 import common                                       # first: it puts the checkout on the path
 import relaxations
 import train
+from faster.layers import Op
+from faster.windows import Windowed
 from plumbing.console import keep_memory
 from plumbing.data import CIFAR_STATISTICS, load_dataset
 
@@ -215,7 +217,7 @@ def profile(case, state, row, args):
     call = forward(*sides(task, row, None))
     call()
     with contextlib.ExitStack() as stack:
-        for step in (relaxations.Windowed, relaxations.Op, relaxations.Lines, relaxations.Box):
+        for step in (Windowed, Op, relaxations.Lines, relaxations.Box):
             stack.enter_context(mock.patch.object(step, "back", timed(step)))
         total = common.seconds(call, args.device)
     print(f"{case} {state} {row}: {total:.2f} s")

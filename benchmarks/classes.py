@@ -7,7 +7,7 @@ median of the CPU seconds of several calls, by one thread; with --peer, those of
 which is called in turns. What is in proportion to K takes 5 times as long for 1,000 as for 200.
 """
 import argparse
-import importlib.util
+import importlib
 import sys
 import time
 from pathlib import Path
@@ -16,23 +16,25 @@ from statistics import median
 import torch
 
 import common                                       # first: it puts the checkout on the path
-import relaxations
 import train
 
 ROWS = {"box": dict(relax="box"), "crown-ibp": dict(relax="crown-ibp"), "deeppoly": dict()}
 
 
-def relaxations_of(checkout):
-    """The module of another checkout; the modules of plumbing it imports are its own, too."""
-    names = [name for name in sys.modules if name.startswith("plumbing")]
-    ours = {name: sys.modules.pop(name) for name in names}
-    sys.path.insert(0, checkout)
-    spec = importlib.util.spec_from_file_location("peer", Path(checkout) / "relaxations.py")
-    peer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(peer)
-    sys.path.remove(checkout)
-    sys.modules.update(ours)
-    return peer
+def modules_of(checkout):
+    """{name: module} of the relaxations of a checkout and of all that they import from it."""
+    def named():
+        return [m for m in sys.modules if m.split(".")[0] in ("relaxations", "faster", "plumbing")]
+
+    before = {name: sys.modules.pop(name) for name in named()}
+    sys.path.insert(0, str(Path(checkout).resolve()))
+    importlib.import_module("relaxations")
+    if (Path(checkout) / "faster").exists():
+        importlib.import_module("faster.network")
+    found = {name: sys.modules.pop(name) for name in named()}
+    del sys.path[0]
+    sys.modules.update(before)
+    return found
 
 
 def problem(K, batch):
@@ -41,9 +43,10 @@ def problem(K, batch):
     return net, torch.rand(batch, 1, 28, 28), torch.randint(K, (batch,))
 
 
-def cpu_seconds(module, net, x, y, options):
+def cpu_seconds(modules, net, x, y, options):
+    sys.modules.update(modules)                        # bounds import some of theirs when called
     begun = time.process_time()
-    low = module.margin_lower_bounds(net, x, y, 0.1, **options)
+    low = modules["relaxations"].margin_lower_bounds(net, x, y, 0.1, **options)
     torch.logsumexp(-low, -1).mean().backward()
     return time.process_time() - begun
 
@@ -58,17 +61,17 @@ def main():
     p.add_argument("--out", help="a JSON file")
     args = p.parse_args()
     torch.set_num_threads(1)
-    sides = {"here": relaxations}
+    sides = {"here": modules_of(common.HERE)}
     if args.peer:
-        sides["peer"] = relaxations_of(str(Path(args.peer).resolve()))
+        sides["peer"] = modules_of(args.peer)
     results = []
     for row in args.rows:
         for K in args.classes:
             task = problem(K, args.batch)
             times = {side: [] for side in sides}
             for turn in range(args.turns + 1):
-                for side, module in sides.items():
-                    seconds = cpu_seconds(module, *task, ROWS[row])
+                for side, modules in sides.items():
+                    seconds = cpu_seconds(modules, *task, ROWS[row])
                     times[side] += [seconds] * (turn > 0)                # the first one warms up
             seconds = {side: median(each) for side, each in times.items()}
             print(f"{row:10} {K:5} classes" + "".join(f"{s:10.3f} s {side}"

@@ -15,7 +15,9 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent.parent
 FILES = {                # of the first ones all functions, but those of the list below
     "relaxations.py": None, "gls.py": None, "train.py": None, "certify.py": None,
-    "plumbing/attack.py": None, "plumbing/linear_program.py": None, "plumbing/rounding.py": None,
+    **{f"faster/{name}.py": None for name in "layers windows rows network reduced".split()},
+    "plumbing/attack.py": None, "plumbing/taps.py": None,
+    "plumbing/linear_program.py": None, "plumbing/rounding.py": None,
     "plumbing/networks.py": ("ibp_init", "layers_of", "normalization", "update_batchnorm"),
     "plumbing/reports.py": ("outside_in", "inherited", "curve"),
     "plumbing/evaluations.py": ("comparison",)}

@@ -3,10 +3,9 @@
     python benchmarks/prices.py --data-dir data [--cases digits cnn3 cnn5] [--pairs 7]
 
 Everything runs in one process, with and without one piece in turns, forward and backward; the
-networks are as initialised. The pieces stand in relaxations.py below "the same numbers, faster".
+networks are as initialised. The pieces are those of faster/.
 """
 import argparse
-from contextlib import ExitStack
 from itertools import product
 from unittest import mock
 
@@ -15,31 +14,25 @@ import torch
 import common                                       # first: it puts the checkout on the path
 import bounds
 import relaxations
+from faster import layers, network, rows
 from plumbing.console import keep_memory
 
 
 def all_of(l, u, stages, lines, box, budget, ascent=0):
     """unstable_rows, by bounding all rows."""
-    low, high = relaxations.all_rows(stages, lines, box, budget)
+    low, high = rows.all_rows(stages, lines, box, budget)
     unstable = (l < 0) & (u > 0)
     return (torch.where(unstable, torch.maximum(l, low), l),
             torch.where(unstable, torch.minimum(u, high), u))
 
 
-PIECES = {  # name: what takes its place
-    "first_relu": {"can_fuse": lambda below, view: False},
-    "is_dense": {"is_dense": lambda op, size: False},
-    "unstable_rows": {"unstable_rows": all_of},
-    "sub_pixel": {"FEW": 0},
-    "all of it": {"FAST": False},
+PIECES = {  # name: where it is, and what takes its place
+    "first_relu": (rows, "can_fuse", lambda below, view: False),
+    "is_dense": (layers.Op, "is_dense", lambda op, size: False),
+    "unstable_rows": (network, "unstable_rows", all_of),
+    "sub_pixel": (layers, "FEW", 0),
+    "all of it": (relaxations, "FAST", False),
 }
-
-
-def without(piece):
-    stack = ExitStack()
-    for name, other in PIECES[piece].items():
-        stack.enter_context(mock.patch.object(relaxations, name, other))
-    return stack
 
 
 def main():
@@ -60,7 +53,7 @@ def main():
         call = bounds.with_gradient(*bounds.ours(task, bounds.ROWS[row][0]))
         for piece in args.pieces:
             def slower():
-                with without(piece):
+                with mock.patch.object(*PIECES[piece]):
                     call()
             times = common.in_turns({"with": call, "without": slower}, args.pairs, "cpu")
             ratio = common.ratio(times, "with", "without")

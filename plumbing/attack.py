@@ -79,22 +79,3 @@ def attack(net, x, y, eps, steps=40, restarts=3, seed=0):
         better = margins < lowest
         best[better], lowest = points[better], torch.where(better, margins, lowest)
     return best
-
-
-def worst_points(margins, l, u, classes, steps=8):
-    """Points (P, B, K, ...) of boxes (P, B, 1, ...), the k-th with the least of margins(points),
-    (P, B, K), that PGD met from the centre on (the authors' start at random points)."""
-    centre, own = (l + u) / 2, [1] * (l.dim() - 3)                   # own: axes of a point
-    z = centre.expand(-1, -1, classes, *l.shape[3:])
-    best, least = z, z.new_full(z.shape[:3], torch.inf)
-    for step in range(steps + 1):
-        z = z.clamp(l, u).detach().requires_grad_()
-        with torch.enable_grad():
-            found = margins(z)
-        better = found.detach() < least
-        least = torch.where(better, found.detach(), least)
-        best = torch.where(better.view(*better.shape, *own), z.detach(), best)
-        if step < steps:
-            slopes = torch.autograd.grad(found.sum(), z)[0]
-            z = z - max(0.2, 2 / steps) * (u - l) * slopes.sign()
-    return best

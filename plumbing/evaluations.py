@@ -26,7 +26,8 @@ def code():
             return dict(commit=git("rev-parse", "--short", "HEAD") + dirty)
     except OSError:                                                                    # no git here
         pass
-    sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")])
+    folders = ROOT, ROOT / "faster", ROOT / "plumbing"
+    sources = [path for folder in folders for path in sorted(folder.glob("*.py"))]
     value = zlib.crc32(b"".join(path.read_bytes() for path in sources))
     return dict(version=f"code with checksum {value:08x}")
 

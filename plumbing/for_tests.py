@@ -350,7 +350,7 @@ def random_subdomain(net, x, y, eps, cuts, seed=0):
     multipliers = signs * torch.rand(neurons.shape, generator=g).to(x)
     slopes = torch.rand(l.shape, generator=g).to(x)
     target = (int(y[0]) + 1) % problem.rows.shape[1]
-    return problem, certify.Node(-math.inf, 0, target, neurons, signs, multipliers, slopes)
+    return problem, certify.Node(-math.inf, 0, target, slopes, neurons, signs, multipliers)
 
 
 UNITS = {  # radius, layers

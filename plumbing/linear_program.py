@@ -1,5 +1,17 @@
 """A linear program, exactly: what is left of a network that has no ReLU left to cut."""
 import numpy as np
+import torch
+from torch.func import jacrev
+
+
+def minimum_of_affine(f, low, high):
+    """min f(x)[-1]  subject to  f(x)[:-1] >= 0 and low <= x <= high (N,), for an affine f, by
+    linear_program: x and multipliers as there, but as tensors."""
+    J, at_low = jacrev(f)(low), f(low)
+    c, G = J[-1], J[:-1]
+    h = G @ low - at_low[:-1]
+    x, tries = linear_program(*(t.cpu().numpy() for t in (c, G, h, low, high)))
+    return None if x is None else torch.from_numpy(x), [torch.from_numpy(t).to(low) for t in tries]
 
 
 def linear_program(c, G, h, low, high):

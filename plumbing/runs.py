@@ -160,6 +160,17 @@ def is_trained_on(data, config):
     return config.get("fingerprint", fingerprint(held, config)) == fingerprint(held, config)
 
 
+def check_images_of_run(data, config, path):
+    """The images that a run is to be certified on look like those that it was trained on."""
+    shape, classes = list(data.x_test.shape[1:]), data.classes
+    if shape != config["input_shape"] or classes != config["classes"]:
+        raise InputError(f"{path} was trained on images {config['input_shape']} of "
+                         f"{config['classes']} classes, but {config['dataset']} has "
+                         f"{shape} of {classes}")
+    if not is_trained_on(data, config):
+        warn(f"{path} was trained on other images than these")
+
+
 def check_unchanged(data, config):
     """A run goes on on the same images only; and with the settings of its checkpoint, if those of
     config.json have been edited."""

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-import certify
+from plumbing.linear_program import linear_program
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e-9, 1e9, 0.0])
@@ -18,7 +18,7 @@ def test_linear_programs_by_brute_force(unit):
                     for b, t in lines[:k] if abs(np.linalg.det([a, b])) > 1e-9]
         inside = [v for v in vertices if (G @ v >= h - 1e-9).all() and (v >= low - 1e-9).all()
                   and (v <= high + 1e-9).all()]
-        x, tries = certify.linear_program(c, G, h, low, high)
+        x, tries = linear_program(c, G, h, low, high)
         slope = c - tries[-1] @ G
         dual = np.minimum(slope * low, slope * high).sum() + tries[-1] @ h
         assert all((beta >= 0).all() for beta in tries)

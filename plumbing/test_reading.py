@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 import certify
 import relaxations
 import train
+from faster.windows import seen_cells
 from plumbing.for_tests import in_ball, make, true_margins
 from relaxations import margin_lower_bounds
 
@@ -390,7 +391,7 @@ def test_labels_of_any_integer_type_and_inference_mode():
     expected = margin_lower_bounds(net, x, y, 0.1)
     for labels in (y.to(torch.uint8), y.to(torch.int16), y.tolist()):
         assert torch.equal(margin_lower_bounds(net, x, labels, 0.1), expected)
-    relaxations.seen_cells.cache_clear()
+    seen_cells.cache_clear()
     with torch.inference_mode():
         margin_lower_bounds(net, x, y, 0.1)
         with pytest.raises(ValueError, match="no_grad"):

@@ -54,12 +54,29 @@ def test_the_cost_of_a_step_is_measured_without_changing_anything():
     assert timing.time_left([0.1, 1.0, 1.0], 0)(2.0) == 4.0             # without: all alike
 
 
-def test_time_left_of_verdicts():
-    """100 images in batches of 25: the first verdict comes when a whole batch is bounded."""
-    assert verdicts.seconds_left(10.0, 1, 100, 25) == pytest.approx(10 * (200 / 26 - 1))
-    assert verdicts.seconds_left(10.0, 50, 100, 25) == 10.0
-    assert verdicts.seconds_left(10.0, 100, 100, 25) == 0.0
-    assert verdicts.seconds_left(10.0, 3, 100, 1) == pytest.approx(10 * 97 / 3)
+@pytest.mark.parametrize("at_once, late", [(1, [0.4] * 24), (20, [0.1] * 5), (15, [5.0] * 10),
+                                           (25, []), (10, [0.01, 0.1, 1.0] * 5)])
+@pytest.mark.parametrize("batches", [1, 2, 8])
+def test_the_time_left_of_verdicts_is_right_within_half(at_once, late, batches):
+    """Batches of 25 images: 10 s of attack and bounds, verdicts that come at once, and late ones.
+    What is shown counts, not what the next verdict overwrites, from the third late one on, or the
+    second batch, while 10 s are left."""
+    times = []
+    for k in range(batches):
+        begun = k * (10 + sum(late)) + 10
+        times += [begun] * at_once + [begun + sum(late[:i + 1]) for i in range(len(late))]
+    left = timing.VerdictsLeft(25)
+    for done, now in enumerate(times, 1):
+        said, really = left(now, done, len(times)), times[-1] - now
+        shown = done == len(times) or times[done] > now
+        if shown and really > 10 and (done > 25 or done - at_once > 2 or not late):
+            assert really / 1.5 < said < 1.5 * really, (done, said, really)
+    assert said == 0
+
+
+def test_a_single_image_and_single_batches():
+    left = timing.VerdictsLeft(1)
+    assert [left(3.0 * i, i, 4) for i in range(1, 5)] == [9.0, 6.0, 3.0, 0.0]
 
 
 @pytest.mark.parametrize("ramp, steps", [(1500, 4000), (4000, 4000)])

@@ -1,5 +1,4 @@
-"""How long a training will take. A step at full radius may be ten times as long as the first ones:
-more neurons are unstable, and DeepPoly substitutes these only."""
+"""How long a training, or the verdicts of a test set, will take."""
 import math
 import time
 from itertools import accumulate
@@ -30,7 +29,9 @@ def lengths_of(fractions, seconds):
 
 
 def time_left(fractions, done, measure=None, memory=60.0):
-    """A function seconds -> seconds left, to be called after each step with what it took.
+    """A function seconds -> seconds left, to be called after each step with what it took. One at
+    full radius may be ten times as long as the first ones: more neurons are unstable, and DeepPoly
+    substitutes these only.
 
     fractions: of the radius, in all steps, of which so many are done. measure(): what seconds_at
     returns for the network as it is, up to a factor: that of the steps of the last minute. It is
@@ -59,3 +60,40 @@ def time_left(fractions, done, measure=None, memory=60.0):
 
     renew()
     return left
+
+
+class VerdictsLeft:
+    """Seconds left, to be asked at each verdict.
+
+    Samples go through attack and bounds a batch at a time, then those that are settled are reported
+    at once; the others come late, one after the other, as branch and bound settles them. A late one
+    is expected to take what such ones took so far and, until some came, all of them together what
+    was before; the batches to come take what the ones so far do.
+    """
+
+    def __init__(self, batch):
+        self.batch = batch
+        self.begun = self.first = self.last = 0.0    # of this batch: start, first and last verdict
+        self.at_once = 0                             # verdicts that came with its first one
+        self.late, self.seconds = 0, 0.0             # late ones of the batches before, and of these
+
+    def __call__(self, now, done, n):
+        """now: seconds since the start. done: how many of n samples have a verdict."""
+        place = (done - 1) % self.batch + 1
+        size = min(self.batch, n - done + place)
+        if place == 1 and done > 1:
+            self.late += self.batch - self.at_once
+            self.seconds += self.last - self.first
+            self.begun = self.last
+        if place == 1:
+            self.first = now
+        before = self.first - self.begun
+        if now - self.first <= before / 100:
+            self.at_once = place
+        self.last = now
+        guess = before / max(1, size - self.at_once)
+        seconds = self.seconds + now - self.first
+        each = (seconds + guess) / (self.late + place - self.at_once + 1)
+        rest = each * (size - place)
+        seen = done - place + size
+        return rest + (now + rest) / seen * (n - seen)

@@ -10,7 +10,7 @@ import math
 import time
 import zlib
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -22,6 +22,7 @@ from plumbing.console import InputError, Progress, duration
 from plumbing.processes import ranks
 from plumbing.rounding import ROUNDING
 from plumbing.runs import claim
+from plumbing.timing import VerdictsLeft
 
 STATUSES = ("misclassified", "attacked", "certified", "unknown")
 
@@ -55,6 +56,16 @@ class Verdict:
             raise ContradictionError(self.index, self.stage, self.bound, point)
         if self.status != "attacked":
             self.status, self.stage, self.counterexample = "attacked", stage, point.clone()
+
+
+@contextmanager
+def charged(stage, verdicts):
+    """The time that passes inside was spent on these samples, an equal share on each."""
+    begun = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - begun
+    for v in verdicts:
+        v.spend(stage, seconds / len(verdicts))
 
 
 class ContradictionError(AssertionError):
@@ -189,7 +200,7 @@ def write_verdicts(path, header, labels, certify, read, title, *, batch=1):
         raise InputError(f"{points} is a file, where the folder of the counterexamples belongs")
     known, file, todo = open_share(path, header, n, read)
     print(title + (f", {len(known)} verdicts already in {path}" if known else ""))
-    begun, reported = time.time(), Counter()
+    begun, reported, left = time.time(), Counter(), VerdictsLeft(batch)
 
     def report(v):
         i, known_before = todo[v.index], not v.seconds               # from another radius
@@ -201,8 +212,7 @@ def write_verdicts(path, header, labels, certify, read, title, *, batch=1):
         line = f"{len(known)}/{n}  {shown}"
         if not known_before:
             work = len(todo) - reported[True]
-            left = seconds_left(time.time() - begun, reported[False], work, batch)
-            line += f"  {duration(left)} left"
+            line += f"  {duration(left(time.time() - begun, reported[False], work))} left"
         show(line)
 
     with file, Progress() as show:
@@ -212,13 +222,6 @@ def write_verdicts(path, header, labels, certify, read, title, *, batch=1):
         gather(path, header, known, file, read)
     show.done(f"verdicts in {path}, counterexamples in {points}:")
     return known
-
-
-def seconds_left(spent, done, n, batch):
-    """Of n samples, of which so many are done. The rest of their batch has been attacked and
-    bounded, too, which counts as half of the work."""
-    seen = min(n, -(-done // batch) * batch)
-    return spent * (2 * n / (done + seen) - 1)
 
 
 def points_of(path):

@@ -7,6 +7,7 @@ import torch.nn as nn
 
 import gls
 import train
+from plumbing import taps
 from plumbing.for_tests import loss_at, make
 from relaxations import margin_lower_bounds, preactivation_bounds
 
@@ -69,15 +70,15 @@ def test_taps_by_hand():
 def test_the_connector_moves_points_with_the_ends_they_are_near():
     l, u = (torch.full((5,), t, requires_grad=True) for t in (0.0, 4.0))
     points = torch.tensor([4., 3., 2., 1., 0.])
-    linked = train.linked(points, l, u)                                     # c = 1/2: from 2 away
+    linked = taps.linked(points, l, u)                                     # c = 1/2: from 2 away
     assert torch.equal(linked, points)
     down, up = torch.autograd.grad(linked.sum(), (l, u))
     assert up.tolist() == [1, 0.5, 0, 0, 0] and down.tolist() == [0, 0, 0, 0.5, 1]
-    both = torch.autograd.grad(train.linked(u.detach(), u, u).sum(), u)[0]
+    both = torch.autograd.grad(taps.linked(u.detach(), u, u).sum(), u)[0]
     assert both.tolist() == [1] * 5                                         # a box of one point
     for unit in (2.0 ** -60, 2.0 ** 60):                                    # of the layer below
         ends = [(t.detach() * unit).requires_grad_(True) for t in (l, u)]
-        linked = train.linked(points * unit, *ends)
+        linked = taps.linked(points * unit, *ends)
         again = torch.autograd.grad(linked.sum(), ends)
         assert torch.equal(again[0], down) and torch.equal(again[1], up)
 
@@ -88,7 +89,7 @@ def test_the_latent_attack_stays_in_its_box_and_solves_linear_problems():
     net, x, y = make("windows", dtype=torch.float64)
     params = {n: p[None].detach().requires_grad_() for n, p in net.named_parameters()}
     bounds = preactivation_bounds(net, x, 0.05, "box", params)
-    low = train.latent_margins(net, params, bounds, y, 4, split=0)
+    low = taps.latent_margins(net, params, bounds, y, 4, split=0)
     want = margin_lower_bounds(net, x, y, 0.05, "box", params, intermediate=bounds)
     torch.testing.assert_close(low, want)
     weights = torch.randn(low.shape, generator=torch.Generator().manual_seed(0), dtype=low.dtype)
@@ -100,7 +101,7 @@ def test_the_latent_attack_stays_in_its_box_and_solves_linear_problems():
     rows = torch.randn(4, 4, 5)
     seen = []
     of = lambda z: (seen.append(z), ((z - 0.4) ** 2 * rows).sum((-1, -2)))[1]
-    best = train.worst_points(of, l, u, 4)
+    best = taps.worst_points(of, l, u, 4)
     assert all(((z >= l) & (z <= u)).all() for z in seen) and best.shape == (2, 3, 4, 4, 5)
     assert all(z.is_leaf for z in seen) and not best.requires_grad         # no step is held
     least = torch.stack([of(z) for z in seen[:]]).amin(0)

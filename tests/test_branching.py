@@ -4,9 +4,8 @@ import torch
 import torch.nn as nn
 
 import certify
-import relaxations
 import train
-from plumbing import reduced
+from faster import reduced
 from plumbing.for_tests import (NETS, arrivals, flat, hard_problem, in_ball, make, random_subdomain,
                                 true_margins)
 from relaxations import subdomain_bounds

@@ -1,5 +1,6 @@
 """The size of files and functions, and what the heart of relaxations.py rests on."""
 import ast
+import io
 import re
 import sys
 import tokenize
@@ -26,7 +27,7 @@ def test_the_heart_names_nothing_from_below_it_and_has_150_lines():
 
 
 HOUSE = Path(__file__).resolve().parents[1]
-MOST_LINES = {"relaxations.py": 1220, "train.py": 650, "certify.py": 600, "gls.py": 200,
+MOST_LINES = {"relaxations.py": 700, "train.py": 650, "certify.py": 600, "gls.py": 200,
               "test_gls.py": 1500, "README.md": 150}
 
 
@@ -43,20 +44,48 @@ def test_files_and_functions_keep_to_their_size(name):
         assert arguments <= 8, function.name
 
 
-def test_few_lines_are_dense():
-    """Names, numbers, strings and signs on a line: more than 30 on at most 12 of four modules."""
-    dense = []
-    for name in ("relaxations.py", "train.py", "certify.py", "gls.py"):
-        counts, inside = Counter(), 0
-        with open(HOUSE / name, encoding="utf-8") as file:
-            for token in tokenize.generate_tokens(file.readline):
-                kind = tokenize.tok_name[token.type]
-                inside -= kind == "FSTRING_END"            # one string, from Python 3.12 on, too
-                if kind in ("NAME", "NUMBER", "STRING", "OP", "FSTRING_START") and not inside:
-                    counts[token.start[0]] += 1
-                inside += kind == "FSTRING_START"
-        dense += [f"{name}:{line}" for line, count in counts.items() if count > 30]
+def tokens_of_lines(name):
+    """{line: names, numbers, strings and signs on it}, but for docstrings."""
+    text, counts, inside = (HOUSE / name).read_text(encoding="utf-8"), Counter(), 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind = tokenize.tok_name[token.type]
+        inside -= kind == "FSTRING_END"                    # one string, from Python 3.12 on, too
+        if kind in ("NAME", "NUMBER", "STRING", "OP", "FSTRING_START") and not inside:
+            counts[token.start[0]] += 1
+        inside += kind == "FSTRING_START"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            words = node.body[0]
+            for line in range(words.lineno, words.end_lineno + 1):
+                del counts[line]
+    return counts
+
+
+MOST_TOKENS = {"relaxations.py": 12, "train.py": 12, "certify.py": 12, "gls.py": 13}
+
+
+def test_lines_are_light():
+    """On average, and more than 30 tokens on at most 12 lines of all four modules."""
+    lines = {name: tokens_of_lines(name) for name in MOST_TOKENS}
+    for name, counts in lines.items():
+        assert counts.total() <= MOST_TOKENS[name] * len(counts), name
+    dense = [f"{name}:{line}" for name, counts in lines.items()
+             for line, count in counts.items() if count > 30]
     assert len(dense) <= 12, dense
+
+
+def test_what_is_behind_imports_nothing_that_stands_on_it():
+    """plumbing/ knows no method, faster/ only the bounds; relaxations.py needs no faster/."""
+    above = {"plumbing": ("train", "certify", "relaxations", "faster", "gls"),
+             "faster": ("train", "certify", "gls")}
+    for folder, names in above.items():
+        for path in (HOUSE / folder).glob("*.py"):
+            if not path.name.startswith(("test_", "for_tests")):
+                found = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)
+                assert not set(found) & set(names), path
+    top = ast.parse((HOUSE / "relaxations.py").read_text()).body
+    assert not [node for node in top if isinstance(node, ast.ImportFrom)
+                and node.module.startswith("faster")]
 
 
 def test_one_step_runs_few_lines_of_the_heart(tmp_path, monkeypatch):
@@ -86,4 +115,4 @@ def test_one_step_runs_few_lines_of_the_heart(tmp_path, monkeypatch):
                    "--out", tmp_path / "run", *QUICK, "--ramp", 1) == 0
     assert len(steps) == 3
     method = [name for name, _ in lines if name in ("relaxations.py", "train.py", "gls.py")]
-    assert len(method) <= 205 and len(lines) <= 300        # the rest reads what is given
+    assert (len(method) <= 205, len(lines) <= 300) == (True, True), (len(method), len(lines))

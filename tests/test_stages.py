@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import certify
+from plumbing import verdicts
 from plumbing.for_tests import RELAXATIONS, arrivals, hard_problem
 
 COSTS = dict(descend=5.0, box=1.0, deeppoly=3.0, neurons=7.0, roots=2.0)     # of each image or node
@@ -15,7 +16,7 @@ def clock(monkeypatch):
     """A clock that stands still but in these stages, and what they were asked: (name, images)."""
     now, calls = [0.0], []
     fake = SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(certify, "time", fake)
+    monkeypatch.setattr(verdicts, "time", fake)
 
     def wrap(function, name_of, size_of):
         sound = getattr(certify, function)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from relaxations import Network, Subdomains, engine, hwc, lower_bound, subdomain_bounds
+from relaxations import Network, Subdomains, engine, lower_bound, subdomain_bounds
 
 MOST = 2 ** 24      # numbers that its matrices are made from
 
@@ -23,14 +23,15 @@ class Reduced(NamedTuple):
     shapes: list             # (n_k,) of each ReLU and, last, (K,)
     neurons: torch.Tensor    # (N,) where they are in the network, in ascending order
     joins: list              # for each k > 0: ([W_k0, ..., W_k,k-1], b_k)
-    layers: list             # the first stage, of Layers
-    steps: list              # and as the network's engine has it
-    layout: tuple            # of its input
-    places: torch.Tensor     # (n_0,) where its neurons that are left are in the rows of steps
-    width: int               # of these rows
+    whole: Network           # the network
+    machine: Network         # and as its engine reads it
+    places: torch.Tensor     # (n_0,) where the neurons left of its first ReLU are in its rows
 
-    def layouts(self):
-        return [self.layout, *[()] * len(self.shapes)]
+    def ordered(self, t, k):
+        return t if k else self.machine.ordered(t, 0)
+
+    def restored(self, t, k):
+        return t if k else self.machine.restored(t, 0)
 
     def of_rows(self, rows, lines, multipliers, box, notes):
         """That of Network. A: the coefficients of each h_j; a: those of z_k."""
@@ -40,14 +41,14 @@ class Reduced(NamedTuple):
             A, d = [have + a @ w for have, w in zip(A, W)], d + a @ b
             a, d = line.back(*note.back(A[-1], d))
             a = a - of_relu
-        nothing = a.new_zeros(*a.shape[:-1], self.width)
+        nothing = a.new_zeros(*a.shape[:-1], math.prod(self.whole.shapes[0]))
         a = nothing.index_copy(-1, self.places, a)
-        return lower_bound(a, d, [box, notes[0], *self.steps])
+        return lower_bound(a, d, [box, notes[0], *self.machine.stages[0]])
 
     def pinned(self, active, x):
         """See pinned_forward."""
         z = x[None]
-        for layer in self.layers:
+        for layer in self.whole.stages[0]:
             z = layer.forward(z)
         counts = [n for n, in self.shapes[:-1]]
         before, h = [z[0][:, self.neurons[:counts[0]]]], []
@@ -105,12 +106,10 @@ def reduced(network, box, l, u):
         W = [A[:, kept] for A, kept in zip(trace[1:], left)]
         joins.append((W, b))
     machine = engine(network)
-    layout, first, *_ = machine.layouts()
-    order = hwc(torch.arange(sizes[0]), first).argsort().to(l.device)
+    order = machine.ordered(torch.arange(sizes[0]), 1).argsort().to(l.device)
     neurons = torch.cat([some + start for some, start in zip(left, starts)])
     shapes = [*((len(some),) for some in left), network.shapes[-1]]
-    return Reduced(shapes, neurons, joins, network.stages[0], machine.stages[0], layout,
-                   order[left[0]], sizes[0])
+    return Reduced(shapes, neurons, joins, network, machine, order[left[0]])
 
 
 def alone(problem, exact, tree):
