@@ -14,7 +14,6 @@ few epochs, with box and with DeepPoly. (For a CNN7 trained by DeepPoly there is
 On a CPU much depends on the allocator: train.py tells it to keep freed memory (keep_memory), which
 helps auto_LiRPA even more. By default both get this help here; --fresh-memory denies it to both.
 
---compile also lets our side under torch.compile take its turn (it needs a C++ compiler).
 --profile shows instead where our forward pass spends its time.
 """
 import argparse
@@ -172,9 +171,6 @@ def measure(case, state, row, args):
                      not args.fresh_memory) if args.peer else None
     for name, run in grads:
         calls = {"ours": run(*sides(task, row, None))}
-        if args.compile:
-            net, margins = sides(task, row, None)
-            calls["compiled"] = run(net, torch.compile(margins, dynamic=False))
         if mode:
             calls["auto_LiRPA"] = run(*sides(task, row, mode))
             if name == "forward":
@@ -185,8 +181,6 @@ def measure(case, state, row, args):
         result[name] = {k: median(t) for k, t in times.items()} | dict(times=times)
         if mode:
             result[name]["ratio"] = common.ratio(times, "ours", "auto_LiRPA")
-        if args.compile:
-            result[name]["compile_ratio"] = common.ratio(times, "compiled", "ours")
         calls = None
         if args.memory:
             where = case, state, args.data_dir, args.device, row
@@ -235,7 +229,7 @@ def line(r):
         text += f"{1e3 * t['auto_LiRPA']:10.1f}{t['ratio']:7.2f}" if "ratio" in t else " " * 17
         ours, theirs = memory.get("ours"), memory.get("auto_LiRPA")
         text += f"{ours or 0:8.0f}{theirs or 0:8.0f}"
-        return text + (f"  compiled {t['compile_ratio']:.2f}x" if "compile_ratio" in t else "")
+        return text
     difference = f"{r['difference']:10.1e}" if "difference" in r else ""
     return f"{r['case']:9}{r['state']:9}{r['row']:12}" + one("forward") \
         + one("forward+backward") + difference
@@ -252,7 +246,6 @@ def main():
     p.add_argument("--device", default="cpu")
     p.add_argument("--no-peer", dest="peer", action="store_false", help="without auto_LiRPA")
     p.add_argument("--no-memory", dest="memory", action="store_false")
-    p.add_argument("--compile", action="store_true", help="time torch.compile of ours, too")
     p.add_argument("--profile", action="store_true", help="where our time goes, instead")
     p.add_argument("--out", help="a JSON file")
     p.add_argument("--fresh-memory", action="store_true", help="leave the allocator as it is")

@@ -45,16 +45,10 @@ def test_the_lines_in_the_table_alone_give_the_number_of_the_page():
     assert "| box (IBP), PGPE | " in page and f"**{mean(certified):.1f} ± " in page
 
 
-# Measured while a file differed from the commit, and needing a quiet machine or the peer to be
-# measured again: what is measured again is to be taken out here.
-DIRTY = {"bounds-cnn3", "bounds-cnn3-256", "bounds-cnn5", "bounds-cnn5-skip-stable",
-         "bounds-cnn5-textbook", "bounds-cnn7", "compile", "growth", "population"}
-
-
 def test_results_name_the_commit_that_gave_them():
-    dirty = {path.stem for path in experiments.RESULTS.rglob("*.json*")
-             if "-dirty" in path.read_text()}
-    assert dirty == DIRTY
+    """A clean one, so that they can be had again."""
+    assert not [path for path in experiments.RESULTS.rglob("*.json*")
+                if "-dirty" in path.read_text()]
 
 
 def test_results_name_no_place_of_one_machine():
