@@ -22,8 +22,8 @@ The stages, each on what the ones before left open, while a sample has time left
 Branch and bound (Bunel et al. 2020, "Branch and bound for piecewise linear neural network
 verification"; with beta-CROWN's bounds, Wang et al. 2021). A subdomain is the part of the ball
 where some unstable ReLUs have a given sign: there they are linear, and its bound is tighter. If it
-is still not positive, the subdomain is cut in two at one more ReLU. Where none is left to cut, the
-network is linear, and a linear program decides.
+is still not positive, the subdomain is cut in two at one more of the finitely many ReLUs. Where
+none is left to cut, the network is linear, and a linear program decides.
 
 Guarantee: "certified" holds for every point of the ball, up to rounding in float64, in which every
 bound that counts is computed; float32 only steers the search. "attacked" comes with a
@@ -161,11 +161,11 @@ def certify_batch(net, x, y, settings, verdicts, report):
     with charged("attack", verdicts):
         exact = in_float64(net, x, y)
         upper = forward_margin(*exact)
+        for v, margin in zip(verdicts, upper.tolist()):
+            if not margin > 0:
+                v.status, v.stage = "misclassified", "forward"
     low = upper.new_full([len(x), settings.classes], -math.inf)
     batch = Batch(net, x, y, exact, settings, verdicts, low, upper)
-    for v, margin in zip(verdicts, upper):
-        if not margin > 0:
-            v.status, v.stage = "misclassified", "forward"
     descents = restarts_of(net, x, y, settings.eps, settings.restarts, settings.seed)
     attack_by(itertools.islice(descents, 1), batch)
     for relax in CERTIFY:
@@ -174,7 +174,7 @@ def certify_batch(net, x, y, settings, verdicts, report):
     attack_by(descents, batch)
     exactly = settings.tolerance < math.inf
     left = batch.open("unknown", *["attacked", "certified"] * exactly)
-    if not {"alpha-crown", "branch-and-bound"} & set(settings.stages):
+    if not {"alpha-crown", "branch-and-bound"}.intersection(settings.stages):
         left = []
     for i in sorted(set(range(len(x))) - set(left)):
         report(verdicts[i])
@@ -198,15 +198,15 @@ def attack_by(descents, batch):
         if not left:
             continue
         part = batch.part(left)
-        start = None if start is None else start[left]
+        start = start if start is None else start[left]
         with charged("attack", part.verdicts):
             points, _ = descend(part.net, part.x, part.y, settings.eps, settings.steps,
                                 target, start)
             margins = forward_margin(part.net, points, part.y)
-        batch.upper[left] = part.upper.minimum(margins)
-        for v, point, margin in zip(part.verdicts, points, margins):
-            if margin <= 0:
-                v.refute("attack", point, settings.unit)
+            batch.upper[left] = part.upper.minimum(margins)
+            for v, point, margin in zip(part.verdicts, points, margins):
+                if margin <= 0:
+                    v.refute("attack", point, settings.unit)
 
 
 def bounded_by(relax, batch):
@@ -219,8 +219,8 @@ def bounded_by(relax, batch):
     with charged(relax, part.verdicts):
         low = margin_lower_bounds(*part.exact, settings.eps, relax, **CERTIFY[relax],
                                   slope=settings.slope)
-    batch.low[left] = torch.fmax(part.low, low)
-    bounds = smallest(low, part.exact[2]).tolist()
+        batch.low[left] = torch.fmax(part.low, low)
+        bounds = smallest(low, part.exact[2]).tolist()
     for v, bound in zip(part.verdicts, bounds):
         v.prove(relax, bound, settings.unit)
 
@@ -300,7 +300,8 @@ class Tree:
 
 
 def branch_and_bound(batch, report):
-    """Settle samples by alpha-CROWN, at the roots, and by branch and bound."""
+    """Settle samples by alpha-CROWN, at the roots, and by branch and bound: a large tree by itself,
+    on the network as it is on the ball of its image."""
     def settled(trees, stage):
         over = [tree for tree in trees if tree.is_over(batch.settings)]
         for tree in over:
@@ -329,16 +330,15 @@ def roots(batch):
     exact = pose(*batch.exact, eps, unit, bounds)
     problem = pose(batch.net, batch.x, batch.y, eps, unit, bounds)
     tolerance = batch.settings.tolerance / unit
-    seen = zip(itertools.count(), batch.verdicts, batch.upper / unit)
-    trees = [Tree(i, v, margin.item(), tolerance) for i, v, margin in seen]
+    upper, low = ((t / unit).tolist() for t in (batch.upper, batch.low))
+    trees = [Tree(i, v, upper[i], tolerance) for i, v in enumerate(batch.verdicts)]
     start = SLOPES[batch.settings.slope]
     slopes = start(problem.l, problem.u)
     nodes = []
     others = F.one_hot(batch.y, batch.settings.classes) == 0
     for i, k in others.nonzero().tolist():
-        bound = batch.low[i, k].item() / unit
-        node = Node(bound, i, k, slopes[i])
-        if bound > trees[i].goal():
+        node = Node(low[i][k], i, k, slopes[i])
+        if node.bound > trees[i].goal():
             trees[i].add(node)
         else:
             nodes.append(node)
@@ -355,7 +355,8 @@ def roots(batch):
 
 
 def neuron_bounds(batch):
-    """Bounds of all neurons, in float64: by alpha-CROWN; where DeepPoly took long, by that."""
+    """Bounds of all neurons, in float64: by alpha-CROWN, or by DeepPoly on networks so large that
+    an ascent would take longer than a sample has."""
     settings = batch.settings
     taken = [v.seconds_by_stage.get("deeppoly", 0) for v in batch.verdicts]
     chosen = ["alpha-crown" if t <= settings.timeout / 10 else "deeppoly" for t in taken]
@@ -468,7 +469,7 @@ def branch(problem, nodes, goals):
     """
     sub, trace = subdomains(problem, nodes), []
     low, *_ = subdomain_bounds(problem.network, sub, trace=trace)
-    points = torch.where(trace[0] > 0, *(end[0] for end in sub.box))
+    points = torch.where(trace[0] > 0, *sub.box)[0]
     unstable = (sub.l < 0) & (sub.u > 0)
     if not unstable.any():
         return [None] * len(nodes), [None] * len(nodes), points
@@ -575,11 +576,10 @@ def settle_linear(exact, node):
 def main(argv=None):
     args = parse_args(argv, STAGES, SETTINGS)
     device = pick_device(args.device)
-    given = {k: getattr(args, k) for k in ("dataset", "data_dir") if getattr(args, k)}
     path = Path(args.weights or args.run or newest_run())
     if args.weights:
         config = defaults(SETTINGS, dataset_kind(args.dataset), "grad")
-        config |= given | dict(net=args.net, init="default")
+        config |= args.given | dict(net=args.net, init="default")
         data = hold_out(data_of_run(config), args.validation or 0)
         shape = list(data.x_test.shape[1:])
         config |= dict(input_shape=shape, classes=data.classes)
@@ -587,7 +587,7 @@ def main(argv=None):
         net = read_weights(path, new_network(config, LAYERS, read_network))
     else:
         net, config, _ = load_run(path)
-        config = moved(config | dict(out=str(path)), given)
+        config = moved(config | dict(out=str(path)), args.given)
         data = data_of_run(config)
         check_images_of_run(data, config, path)
         held_out = config["validation"] if args.validation is None else args.validation

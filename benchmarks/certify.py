@@ -96,6 +96,18 @@ def against(args):
     print(f"{lost} certified images lost, {wrong} verdicts contradicted")
 
 
+def on_cpu_time():
+    """Samples are charged the CPU time that was spent on them, here or by an older checkout, which
+    reads the clock in certify.py."""
+    clock = SimpleNamespace(time=time.process_time, perf_counter=time.process_time,
+                            monotonic=time.process_time)
+    modules = [sys.modules.get(name) for name in ("certify", "plumbing.verdicts")]
+    readers = [module for module in modules if hasattr(module, "time")]
+    for module in readers:
+        module.time = clock
+    assert readers, "no module that reads the clock"
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--checkout", help="of alpha-beta-CROWN")
@@ -118,7 +130,7 @@ def main():
     net, x, y, eps = load_run(args) if args.run else load(args.checkout, args.case)
     x, y, net = (t.to(args.device) for t in (x[:args.samples], y[:args.samples], net))
     if args.clock == "cpu":
-        certify.time = SimpleNamespace(time=time.process_time, perf_counter=time.process_time)
+        on_cpu_time()
 
     def report(v):
         print(f"{v.index:4} {v.status:14} {v.stage:17} bound {v.bound:9.4f}  {v.seconds:6.1f} s",

@@ -61,7 +61,7 @@ def main():
     p.add_argument("--out", help="a JSON file")
     args = p.parse_args()
     torch.set_num_threads(1)
-    sides = {"here": modules_of(common.HERE)}
+    sides = {"here": modules_of(Path(__file__).parent.parent)}
     if args.peer:
         sides["peer"] = modules_of(args.peer)
     results = []

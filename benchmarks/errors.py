@@ -20,7 +20,7 @@ FILES = {                # of the first ones all functions, but those of the lis
     "plumbing/linear_program.py": None, "plumbing/rounding.py": None,
     "plumbing/networks.py": ("ibp_init", "layers_of", "normalization", "update_batchnorm"),
     "plumbing/reports.py": ("outside_in", "inherited", "curve"),
-    "plumbing/evaluations.py": ("comparison",)}
+    "plumbing/evaluations.py": ("comparison",), "plumbing/verdicts.py": ("charged", "Verdict")}
 NO_MATHEMATICS = set("""
     main run arguments parse_args parse_config settings number count pick_device start_run
     train_and_show report log_row write_log table summary duration ranks fingerprint checksum

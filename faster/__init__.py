@@ -1,1 +1,1 @@
-"""What the method stands on and does not need to know of: see README.md in this folder."""
+"""The same bounds in less time, for relaxations.py and certify.py: see README.md in this folder."""

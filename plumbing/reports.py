@@ -191,6 +191,7 @@ def parse_args(argv, stages, settings):
                    "the run folder, or beside FILE")
     args = p.parse_args(argv)
     args.stages = [stage for stage in stages if stage in args.stages]
+    args.given = {k: v for k, v in vars(args).items() if k in ("dataset", "data_dir") and v}
     if args.net and not args.weights:
         p.error("argument --net: it is for --weights FILE; the network of a run is in its folder")
     if args.weights and args.run:

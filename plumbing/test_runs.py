@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -343,3 +344,12 @@ def test_the_folder_of_a_run_says_what_differs(tmp_path, monkeypatch):
             "deeppoly-rgs-eps0.03137-no-antithetic-augment")}
     config = train.complete(dict(init="default", l1=1e-4, kappa=0.5))
     assert runs.told_apart(config, train.SETTINGS) == ["kappa0.5", "l1-0.0001", "initdefault"]
+
+
+def test_a_run_is_certified_on_images_like_its_own():
+    config = dict(input_shape=[1, 4, 4], classes=3, dataset="own.npz", validation=0)
+    alike = SimpleNamespace(x_test=torch.rand(2, 1, 4, 4), classes=3)
+    for other in (dict(x_test=torch.rand(2, 1, 5, 4)), dict(classes=4)):
+        data = SimpleNamespace(**vars(alike) | other)
+        with pytest.raises(InputError, match=r"R was trained on images \[1, 4, 4\] of 3 classes"):
+            runs.check_images_of_run(data, config, "R")

@@ -74,6 +74,12 @@ def test_the_time_left_of_verdicts_is_right_within_half(at_once, late, batches):
     assert said == 0
 
 
+def test_a_clock_that_was_set_back_ends_nothing():
+    left = timing.VerdictsLeft(25)
+    for done, now in enumerate([100.0] * 25 + [99.5 + 0.1 * k for k in range(75)], 1):
+        left(now, done, 100)
+
+
 def test_a_single_image_and_single_batches():
     left = timing.VerdictsLeft(1)
     assert [left(3.0 * i, i, 4) for i in range(1, 5)] == [9.0, 6.0, 3.0, 0.0]
@@ -128,7 +134,7 @@ def verdicts_at(path, times, batch, monkeypatch, capsys):
     """The seconds left that are shown when verdicts come at these times, a list for each image:
     (time, seconds that the verdict took)."""
     now, said = [0.0], []
-    monkeypatch.setattr(verdicts.time, "time", lambda: now[0])
+    monkeypatch.setattr(verdicts.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(verdicts, "duration", lambda left: said.append(left) or "")
     def certify_some(indices, report):
         for i in indices:

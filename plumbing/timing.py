@@ -86,7 +86,7 @@ class VerdictsLeft:
             self.seconds += self.last - self.first
             self.begun = self.last
         if place == 1:
-            self.first = now
+            self.first, self.at_once = now, 1
         before = self.first - self.begun
         if now - self.first <= before / 100:
             self.at_once = place

@@ -60,7 +60,8 @@ class Verdict:
 
 @contextmanager
 def charged(stage, verdicts):
-    """The time that passes inside was spent on these samples, an equal share on each."""
+    """The time that passes inside was spent on these samples, an equal share on each. What is inside
+    has to wait for results of a GPU."""
     begun = time.perf_counter()
     yield
     seconds = time.perf_counter() - begun
@@ -200,7 +201,7 @@ def write_verdicts(path, header, labels, certify, read, title, *, batch=1):
         raise InputError(f"{points} is a file, where the folder of the counterexamples belongs")
     known, file, todo = open_share(path, header, n, read)
     print(title + (f", {len(known)} verdicts already in {path}" if known else ""))
-    begun, reported, left = time.time(), Counter(), VerdictsLeft(batch)
+    begun, reported, left = time.monotonic(), Counter(), VerdictsLeft(batch)
 
     def report(v):
         i, known_before = todo[v.index], not v.seconds               # from another radius
@@ -212,7 +213,7 @@ def write_verdicts(path, header, labels, certify, read, title, *, batch=1):
         line = f"{len(known)}/{n}  {shown}"
         if not known_before:
             work = len(todo) - reported[True]
-            line += f"  {duration(left(time.time() - begun, reported[False], work))} left"
+            line += f"  {duration(left(time.monotonic() - begun, reported[False], work))} left"
         show(line)
 
     with file, Progress() as show:

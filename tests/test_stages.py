@@ -1,4 +1,7 @@
 """The stages of certify.py: their order, their clock, and what they leave out."""
+import runpy
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -102,3 +105,17 @@ def test_no_descent_towards_a_class_that_bounds_rule_out(monkeypatch):
         if v.status == "certified":
             assert not rest
     assert skipped > 10
+
+
+def test_the_benchmark_can_charge_cpu_time(monkeypatch):
+    """Of a sample that waits half a second, nearly nothing."""
+    monkeypatch.setattr(verdicts, "time", time)
+    folder = Path(certify.__file__).parent / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    benchmark = runpy.run_path(str(folder / "certify.py"))
+    waiting = verdicts.Verdict()
+    for clock in (lambda: None, benchmark["on_cpu_time"]):
+        clock()
+        with verdicts.charged("attack", [waiting]):
+            time.sleep(0.5)
+    assert 0.5 <= waiting.seconds < 0.9
