@@ -2,6 +2,7 @@
 import torch
 import torch.nn.functional as F
 
+from faster.backward import QuickBox, QuickLines
 from faster.layers import chw, hwc, read_op
 from faster.rows import all_rows, parts_of, unstable_rows
 from faster.windows import View, sizes_down
@@ -72,9 +73,9 @@ class FastNetwork(Network):
         maps = [self.ordered_box(pair, k) for k, pair in below]
 
         def of_samples(b):
-            some, *pairs = parts_of(maps, slice(b, b + samples))
-            lines = [relax_relu(*for_rows(pair), ask.slope) for pair in pairs]
-            way = [for_rows(some), *interleaved([*stages, []], lines)]
+            some, *pairs = (for_rows(part) for part in parts_of(maps, slice(b, b + samples)))
+            lines = [QuickLines(*relax_relu(*pair, ask.slope)) for pair in pairs]
+            way = [QuickBox(*some), *interleaved([*stages, []], lines)]
             return best_slopes(*self.rows(W, c, y[b:b + samples]), way, ask.ascent, no_checkpoint)
 
         sizes = sizes_down(View(W.shape[2:]), stages)

@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from faster.backward import QuickBox, QuickLines
 from faster.layers import spans
-from relaxations import Box, Lines
+from relaxations import Lines
 
 
 class View(NamedTuple):
@@ -127,9 +128,9 @@ def way_down(view, stages, lines, box):
             steps.append(Windowed(op, view))
             view, below_affine = view.below(op), True
         if line is not None:
-            steps.append(Lines(*(view.take(t) for t in line)))
+            steps.append(QuickLines(*(view.take(t) for t in line)))
             below_affine = False
-    return [Box(*(view.take(t) for t in box)), *steps[::-1]]
+    return [QuickBox(*(view.take(t) for t in box)), *steps[::-1]]
 
 
 def sizes_down(view, stages):

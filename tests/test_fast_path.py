@@ -7,6 +7,7 @@ import torch.nn as nn
 
 import relaxations
 import train
+from faster import backward
 from faster.layers import Op, conv_transpose
 from faster.windows import View
 from plumbing.for_tests import NETS, RELAXATIONS, arrivals, make
@@ -97,6 +98,25 @@ def test_transposed_convolution_and_its_gradient():
         torch.testing.assert_close((ours * x).sum(), adjoint)                       # = <x, W'A>
         ours, grads = (torch.autograd.grad(t, (A, W)) for t in ((ours * x).sum(), adjoint))
         torch.testing.assert_close(ours, grads)
+
+
+@pytest.mark.parametrize("rows, lines", [((2, 3, 4, 5, 6), (2, 3, 4, 1, 6)),
+                                         ((1, 3, 4, 5, 6), (2, 3, 4, 1, 6)),
+                                         ((2, 1, 1, 5, 6), (2, 3, 4, 1, 6)),
+                                         ((2, 3, 1, 5, 6), (1, 3, 1, 1, 6)),
+                                         ((2, 3, 5, 6), (1, 3, 1, 6))])
+def test_backward_passes_by_hand(rows, lines):
+    """Against finite differences; forward, against the steps of the heart."""
+    torch.manual_seed(0)
+    draw = lambda shape: torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    A, *ends = draw(rows), draw(lines), draw(lines), draw(lines)
+    assert torch.autograd.gradcheck(backward.Relax.apply, (A, *ends))
+    assert torch.autograd.gradcheck(backward.Smallest.apply, (A, *ends[:2]))
+    for quick, step in ((backward.QuickLines, relaxations.Lines),
+                        (backward.QuickBox, relaxations.Box)):
+        some = ends[:len(step._fields)]
+        for ours, hearts in zip(quick(*some).back(A, 1.0), step(*some).back(A, 1.0)):
+            assert ours is hearts or torch.allclose(ours, hearts, rtol=1e-12, atol=1e-12)
 
 
 def test_windows_on_the_map():
