@@ -1,8 +1,9 @@
 """Linear programs against their vertices and their duals."""
 import numpy as np
 import pytest
+import torch
 
-from plumbing.linear_program import linear_program
+from plumbing.linear_program import linear_program, minimum_of_affine
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e-9, 1e9, 0.0])
@@ -31,3 +32,16 @@ def test_linear_programs_by_brute_force(unit):
             infeasible += 1
             assert x is None and dual > 1e3 * (unit or 1)
     assert 20 < infeasible < 280
+
+
+def test_the_minimum_of_an_affine_function():
+    """f(x)[-1] where f(x)[:-1] >= 0: the same program, written as a function."""
+    rng = np.random.default_rng(0)
+    A, b = rng.normal(size=(4, 2)), rng.random(4) / 10                  # 0 is inside
+    f = lambda x: torch.from_numpy(A) @ x + torch.from_numpy(b)
+    low, high = torch.tensor([-1.0, -2.0]).double(), torch.tensor([2.0, 1.0]).double()
+    x, tries = minimum_of_affine(f, low, high)
+    want, betas = linear_program(A[-1], A[:-1], -b[:-1], low.numpy(), high.numpy())
+    torch.testing.assert_close(x, torch.from_numpy(want))
+    torch.testing.assert_close(tries[-1], torch.from_numpy(betas[-1]))
+    assert (f(x)[:-1] >= -1e-9).all() and (f(x)[:-1] < 1e-9).any()      # at an edge of the first
