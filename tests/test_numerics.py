@@ -299,3 +299,17 @@ def test_no_certificate_in_float32_is_contradicted_in_float64():
                     signs.append((bool(ours > 0), change < 0))
                     cases += 1
     assert cases > 1000 and sum(a == b for a, b in signs) > 0.9 * cases
+
+
+def test_alpha_crown_keeps_the_bound_of_deeppoly_where_its_own_is_looser():
+    """Tighter bounds of a neuron may flip the slope that the ascent starts from."""
+    torch.manual_seed(134)
+    layers = [nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.Linear(4, 3)).double()
+    x, y = torch.rand(4, 2).double(), torch.tensor([0, 1, 2, 0])
+    alpha = dict(relax="alpha-crown", steps=1)
+    bounds = preactivation_bounds(net, x, 0.4, **alpha)
+    own = margin_lower_bounds(net, x, y, 0.4, intermediate=bounds, **alpha)
+    deeppoly = margin_lower_bounds(net, x, y, 0.4, "deeppoly")
+    assert (own < deeppoly - 0.02).any() and (own > deeppoly + 0.005).any()
+    assert torch.equal(margin_lower_bounds(net, x, y, 0.4, **alpha), torch.maximum(own, deeppoly))
