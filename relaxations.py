@@ -78,7 +78,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, vjp, vmap
 
-import faster                  # noqa: F401    where it is, is known from here on; see engine
+import faster                # noqa: F401     its place is known from here on, for engine
 from plumbing.checks import (as_labels, as_radii, as_rule, check_bounds, check_images,
                              check_numbers, check_relaxation, check_whole)
 from plumbing.memory import Budget

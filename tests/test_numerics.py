@@ -313,3 +313,8 @@ def test_alpha_crown_keeps_the_bound_of_deeppoly_where_its_own_is_looser():
     deeppoly = margin_lower_bounds(net, x, y, 0.4, "deeppoly")
     assert (own < deeppoly - 0.02).any() and (own > deeppoly + 0.005).any()
     assert torch.equal(margin_lower_bounds(net, x, y, 0.4, **alpha), torch.maximum(own, deeppoly))
+
+
+def test_the_unit_of_beta_is_the_largest_coefficient_of_the_same_relu():
+    found = relaxations.unit_of_beta([torch.tensor([[1.0, -3.0]]), torch.zeros(1, 2)])
+    assert found.tolist() == [[3, 3, 1, 1]]
