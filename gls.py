@@ -90,7 +90,7 @@ def rgs(loss, theta, sigma, samples, generator, antithetic=False, chunk=None, sh
     """First-order estimate: (mean loss, mean gradient (D,), None) at randomly perturbed weights.
 
         1/n sum_i grad L(theta + sigma * eps_i)
-    Unbiased for E[grad L(theta + sigma * eps)]: grad L_sigma, but for jumps where the noise reaches.
+    Unbiased for E[grad L(theta + sigma * eps)]: grad L_sigma, but for jumps that the noise reaches.
     antithetic: use eps and -eps; samples is then even. Both signs see the same part if samples is a
     multiple of 2 m. Two samples of two parts, + on one and - on the other, cost one gradient, as
     unbiased: each sign is N(0, I) by itself. Other arguments as in pgpe; the noise is held whole.

@@ -229,7 +229,8 @@ def figure_5():
     """Tightness is measured where no bound has trained: on networks trained against an attack."""
     x, y = (t[:120] for t in load_dataset("digits")[2:4])
     attacked = [trained("mtl-ibp", "grad", seed, alpha=0.0, regularize=0.0)[0] for seed in range(3)]
-    bounds = {relax: (relax, "adaptive") for relax in ("box", "crown-ibp", "deeppoly", "alpha-crown")}
+    names = "box", "crown-ibp", "deeppoly", "alpha-crown"
+    bounds = {relax: (relax, "adaptive") for relax in names}
     bounds["deepz"] = "deeppoly", "parallel"
     radii = {name: [certified_radius(net, x, y, *bound) for net in attacked]
              for name, bound in bounds.items()}

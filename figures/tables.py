@@ -163,9 +163,10 @@ def source(name):
     cells = [c for cells in table_cells(name).values() for c in cells]
     of_all = lambda key: sorted({c[key] for c in cells})
     commits, processors, jobs = map(of_all, ("commit", "processor", "jobs"))
+    minutes = sum(c["train_seconds"] + c["certify_seconds"] for c in cells) / 60
     return [f"{len(cells)} runs of one thread each, {' or '.join(map(str, jobs))} at a time, on "
             f"{' and '.join(processors)}, torch {cells[0]['torch']}, at commit "
-            f"{', '.join(commits)}; {sum(c['train_seconds'] + c['certify_seconds'] for c in cells) / 60:.0f} minutes of "
+            f"{', '.join(commits)}; {minutes:.0f} minutes of "
             "one thread, without tuning and sweeps. Mean ± standard deviation over seeds."]
 
 

@@ -60,8 +60,8 @@ class Verdict:
 
 @contextmanager
 def charged(stage, verdicts):
-    """The time that passes inside was spent on these samples, an equal share on each. What is inside
-    has to wait for results of a GPU."""
+    """The time that passes inside was spent on these samples, an equal share on each. What is
+    inside has to wait for results of a GPU."""
     begun = time.perf_counter()
     yield
     seconds = time.perf_counter() - begun
