@@ -12,7 +12,8 @@ from relaxations import Box, Lines, minus
 
 
 class Relax(torch.autograd.Function):
-    """What Lines.back makes of A, and what it adds to d (..., R)."""
+    """A+ lower + A- upper (..., R, Q), and A- . intercept (..., R), which Lines.back adds to d. The
+    derivative by A is lower where A > 0, upper and intercept where A < 0."""
     generate_vmap_rule = True
 
     @staticmethod
@@ -44,7 +45,7 @@ class Relax(torch.autograd.Function):
 
 
 class Smallest(torch.autograd.Function):
-    """What Box.back adds to d (..., R)."""
+    """A+ . lower + A- . upper (..., R), which Box.back adds to d."""
     generate_vmap_rule = True
 
     @staticmethod
