@@ -13,7 +13,7 @@ from relaxations import Box, Lines, minus
 
 class Relax(torch.autograd.Function):
     """A+ lower + A- upper (..., R, Q), and A- . intercept (..., R), which Lines.back adds to d. The
-    derivative by A is lower where A > 0, upper and intercept where A < 0."""
+    derivative by A is lower where A >= 0, upper and intercept where A < 0."""
     generate_vmap_rule = True
 
     @staticmethod
