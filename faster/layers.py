@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from faster.backward import Constant
 from plumbing.precision import finite
 
 FEW = 3      # channels: up to so many, a transposed convolution is slow on a CPU
@@ -46,9 +47,9 @@ class Op(NamedTuple):
         return y.reshape(B, P, -1).transpose(0, 1)
 
     def interval(self, lower, upper):
-        centre = torch.lerp(lower, upper, 0.5)
-        radius = self.apply(upper - centre, self.weight.abs())
-        centre = finite(self.apply(centre, self.weight, self.bias))
+        middle = torch.lerp(lower, upper, 0.5)
+        centre = finite(self.apply(middle, self.weight, self.bias))
+        radius = self.apply(upper - middle, self.weight.abs())
         return centre - radius, centre + radius
 
     def back(self, A, d, kernel=None, size=None, padding=None):
@@ -57,13 +58,13 @@ class Op(NamedTuple):
         window = (kernel or self.out_shape[1:], size or self.in_shape[1:],
                   self.padding if padding is None else padding)
         lead, rows = A.shape[1:-1], A.flatten(1, -2)                           # (P, rows, Q)
-        bias = self.bias.repeat(1, math.prod(window[0]))[..., None]
-        d = d + (rows @ bias).squeeze(2).unflatten(1, lead)
         if self.stride is None or self.is_dense(window[1]):
-            rows = rows @ self.matrix(*window)
+            below = rows @ self.matrix(*window)
         else:
-            rows = self.transposed(rows, *window)
-        return rows.unflatten(1, lead), d
+            below = self.transposed(rows, *window)
+        bias = self.bias.repeat(1, math.prod(window[0]))[:, None]
+        constants = Constant.apply(rows, bias)
+        return below.unflatten(1, lead), d + constants.unflatten(1, lead)
 
     def is_dense(self, size):
         """Is a product with one dense matrix, mostly zeros, faster than the transposed convolution?

@@ -111,6 +111,7 @@ def test_backward_passes_by_hand(rows, lines):
     draw = lambda shape: torch.randn(shape, dtype=torch.float64, requires_grad=True)
     A, *ends = draw(rows), draw(lines), draw(lines), draw(lines)
     assert torch.autograd.gradcheck(backward.Relax.apply, (A, *ends))
+    assert torch.autograd.gradcheck(backward.Constant.apply, (A, ends[0]))
     assert torch.autograd.gradcheck(backward.Smallest.apply, (A, *ends[:2]))
     for quick, step in ((backward.QuickLines, relaxations.Lines),
                         (backward.QuickBox, relaxations.Box)):
