@@ -156,7 +156,7 @@ TABLES = {
     "mnist-cnn3-0.3-all": dict(
         common=ALL, eps=0.3, methods=TWO, tries=rates(0.005, sigma=0.003, parts=2), seeds=3,
         samples=1000, timeout=5, sweeps={}),
-    # The same at eps 0.1, planned after that table was finished; seeds in turn, as far as time goes.
+    # The same at eps 0.1, planned after that table was finished.
     "mnist-cnn3-0.1-all": dict(
         common=ALL, eps=0.1, methods=TWO, tries=rates(0.005, sigma=0.003, parts=2), seeds=3,
         samples=1000, timeout=5, sweeps={}),
