@@ -1,9 +1,9 @@
-"""The steps Lines and Box with backward passes by hand, which keep the rows alone; autograd keeps
-what is made of them, too. Rows are A (..., R, Q); lines and boxes, (..., 1, Q), may have fewer of
-the leading dimensions.
+"""Steps of back-substitution with backward passes by hand, which keep the rows alone; autograd
+keeps what is made of them, too. Rows are A (..., R, Q); lines, boxes and biases, (..., 1, Q), may
+have fewer of the leading dimensions. They can be differentiated twice.
 
-Without them a gradient by DeepPoly takes 1.2 times as long on CNN5, in 1.35 times the memory, and
-0.94 times on CNN3, in 1.12 times the memory (untrained, one thread; benchmarks/against.py).
+Without them a gradient by DeepPoly takes 1.14 times as long on CNN5, in 1.4 times the memory, and
+1.04 times on CNN3, in 1.14 times the memory (untrained, one thread).
 """
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from relaxations import Box, Lines, minus
 
 
-def where(negative):
-    """1 where A- < 0, else 0, in its place: a product with bool would take three times as long."""
-    return negative.sign_().neg_()
+def ones_where(negative):
+    """1 where A- < 0, else 0: numbers, as PyTorch would first make numbers of a bool."""
+    return negative.detach().sign().neg_()
 
 
 class Relax(torch.autograd.Function):
@@ -24,7 +24,7 @@ class Relax(torch.autograd.Function):
     @staticmethod
     def forward(A, lower, upper, intercept):
         negative = minus(A)
-        below = (A * lower).addcmul_(negative, upper - lower)
+        below = torch.addcmul(A * lower, negative, upper - lower)
         return below, (negative @ intercept.mT).squeeze(-1)
 
     @staticmethod
@@ -43,7 +43,7 @@ class Relax(torch.autograd.Function):
             grads[3] = (h[..., None, :] @ negative).sum_to_size(intercept.shape)
         if of_A:
             grad = (g * (upper - lower)).addcmul_(h[..., None], intercept)      # where A < 0
-            grad = grad.mul_(where(negative)).addcmul_(g, lower)
+            grad = grad.mul_(ones_where(negative)).addcmul_(g, lower)
             grads[0] = grad.sum_to_size(A.shape)
         return tuple(grads)
 
@@ -94,8 +94,8 @@ class Smallest(torch.autograd.Function):
             grads[1] = (rows @ F.relu(A)).sum_to_size(lower.shape)
             grads[2] = (rows @ negative).sum_to_size(upper.shape)
         if of_A:
-            corner = torch.addcmul(lower, where(negative), upper - lower)
-            grads[0] = corner.mul_(h[..., None]).sum_to_size(A.shape)
+            corner = torch.addcmul(lower, ones_where(negative), upper - lower)
+            grads[0] = (h[..., None] * corner).sum_to_size(A.shape)
         return tuple(grads)
 
 

@@ -106,13 +106,14 @@ def test_transposed_convolution_and_its_gradient():
                                          ((2, 3, 1, 5, 6), (1, 3, 1, 1, 6)),
                                          ((2, 3, 5, 6), (1, 3, 1, 6))])
 def test_backward_passes_by_hand(rows, lines):
-    """Against finite differences; forward, against the steps of the heart."""
+    """Against finite differences, second derivatives too; forward, against the heart's steps."""
     torch.manual_seed(0)
     draw = lambda shape: torch.randn(shape, dtype=torch.float64, requires_grad=True)
     A, *ends = draw(rows), draw(lines), draw(lines), draw(lines)
-    assert torch.autograd.gradcheck(backward.Relax.apply, (A, *ends))
-    assert torch.autograd.gradcheck(backward.Constant.apply, (A, ends[0]))
-    assert torch.autograd.gradcheck(backward.Smallest.apply, (A, *ends[:2]))
+    for step, given in ((backward.Relax, ends), (backward.Constant, ends[:1]),
+                        (backward.Smallest, ends[:2])):
+        assert torch.autograd.gradcheck(step.apply, (A, *given))
+        assert torch.autograd.gradgradcheck(step.apply, (A, *given))
     for quick, step in ((backward.QuickLines, relaxations.Lines),
                         (backward.QuickBox, relaxations.Box)):
         some = ends[:len(step._fields)]
