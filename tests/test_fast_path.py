@@ -121,6 +121,22 @@ def test_backward_passes_by_hand(rows, lines):
             assert ours is hearts or torch.allclose(ours, hearts, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.fast_path
+@pytest.mark.parametrize("relax", RELAXATIONS)
+def test_second_derivatives_equal_the_heart(relax, monkeypatch):
+    net, x, y = make("windows")
+    found = []
+    for fast in (True, False):
+        monkeypatch.setattr(relaxations, "FAST", fast)
+        loss = margin_lower_bounds(net, x, y, 0.05, relax).logsumexp(-1).sum()
+        first = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+        square = sum(t.square().sum() for t in first)
+        found.append(torch.autograd.grad(square, list(net.parameters())))
+    for a, b in zip(*found, strict=True):
+        assert b.any()
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(1, b.abs().max().item()))
+
+
 def test_windows_on_the_map():
     """take cuts windows out of a map, spread puts them back: loops over the positions."""
     view = View((2, 4, 5), (2, 6), (3, 2), (2, 1), (1, 1))         # C, H, W = 2, 4, 5
