@@ -6,6 +6,7 @@ Everything runs in one process, with and without one piece in turns, forward and
 networks are as initialised. The pieces are those of faster/.
 """
 import argparse
+from contextlib import ExitStack
 from itertools import product
 from unittest import mock
 
@@ -14,7 +15,7 @@ import torch
 import common                                       # first: it puts the checkout on the path
 import bounds
 import relaxations
-from faster import layers, network, rows
+from faster import backward, layers, network, rows
 from plumbing.console import keep_memory
 
 
@@ -26,12 +27,22 @@ def all_of(l, u, stages, lines, box, budget, ascent=0):
             torch.where(unstable, torch.minimum(u, high), u))
 
 
+class Constant:
+    """backward.Constant by autograd."""
+
+    @staticmethod
+    def apply(A, bias):
+        return (A @ bias.mT).squeeze(-1)
+
+
 PIECES = {  # name: where it is, and what takes its place
-    "first_relu": (rows, "can_fuse", lambda below, view: False),
-    "is_dense": (layers.Op, "is_dense", lambda op, size: False),
-    "unstable_rows": (network, "unstable_rows", all_of),
-    "sub_pixel": (layers, "FEW", 0),
-    "all of it": (relaxations, "FAST", False),
+    "first_relu": [(rows, "can_fuse", lambda below, view: False)],
+    "is_dense": [(layers.Op, "is_dense", lambda op, size: False)],
+    "unstable_rows": [(network, "unstable_rows", all_of)],
+    "sub_pixel": [(layers, "FEW", 0)],
+    "backward": [(backward.QuickLines, "back", relaxations.Lines.back),
+                 (backward.QuickBox, "back", relaxations.Box.back), (layers, "Constant", Constant)],
+    "all of it": [(relaxations, "FAST", False)],
 }
 
 
@@ -53,7 +64,9 @@ def main():
         call = bounds.with_gradient(*bounds.ours(task, bounds.ROWS[row][0]))
         for piece in args.pieces:
             def slower():
-                with mock.patch.object(*PIECES[piece]):
+                with ExitStack() as patched:
+                    for replaced in PIECES[piece]:
+                        patched.enter_context(mock.patch.object(*replaced))
                     call()
             times = common.in_turns({"with": call, "without": slower}, args.pairs, "cpu")
             ratio = common.ratio(times, "with", "without")

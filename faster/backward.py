@@ -2,8 +2,8 @@
 keeps what is made of them, too. Rows are A (..., R, Q); lines, boxes and biases, (..., 1, Q), may
 have fewer of the leading dimensions. They can be differentiated twice.
 
-Without them a gradient by DeepPoly takes 1.14 times as long on CNN5, in 1.4 times the memory, and
-1.04 times on CNN3, in 1.14 times the memory (untrained, one thread).
+Without them a gradient by DeepPoly takes 1.15 times as long on CNN5, in 1.4 times the memory, and
+1.01 times on CNN3, in 1.14 times the memory (untrained, one thread; benchmarks/prices.py).
 """
 import torch
 import torch.nn.functional as F

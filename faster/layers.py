@@ -48,6 +48,7 @@ class Op(NamedTuple):
 
     def interval(self, lower, upper):
         middle = torch.lerp(lower, upper, 0.5)
+        # Centre before radius: autograd goes backwards, and adds to what abs gave in its place.
         centre = finite(self.apply(middle, self.weight, self.bias))
         radius = self.apply(upper - middle, self.weight.abs())
         return centre - radius, centre + radius
@@ -62,6 +63,7 @@ class Op(NamedTuple):
             below = rows @ self.matrix(*window)
         else:
             below = self.transposed(rows, *window)
+        # After the product, so that autograd adds the product's gradient to this one in its place.
         bias = self.bias.repeat(1, math.prod(window[0]))[:, None]
         constants = Constant.apply(rows, bias)
         return below.unflatten(1, lead), d + constants.unflatten(1, lead)
