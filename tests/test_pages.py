@@ -22,8 +22,8 @@ def test_defaults_of_the_loss_are_those_of_the_settings():
 
 ROOT = Path(train.__file__).parent
 PAGES = {page: (ROOT / page).read_text() for page in (
-    "README.md", "docs/runs.md", "faster/README.md", "results/README.md", "benchmarks/README.md",
-    "data/README.md")}
+    "README.md", "docs/runs.md", "docs/networks.md", "docs/derivations.md", "faster/README.md",
+    "results/README.md", "benchmarks/README.md", "data/README.md")}
 
 
 def test_pages_have_the_tables_of_the_results(monkeypatch):
