@@ -2,15 +2,15 @@
 
     L_sigma(theta) = E[L(theta + sigma * eps)],   eps ~ N(0, I)                (the smoothed loss)
 
-L may jump, have kinks or be flat: L_sigma is infinitely differentiable. Its gradient is estimated
-from samples, in one of two ways, both here; `gradient` is the unsmoothed reference.
+L may jump, have kinks or be flat: L_sigma is smooth (if L is bounded, say). Its gradient is
+estimated from samples, in one of two ways, both here; `gradient` is the unsmoothed reference.
 
     PGPE  values only:   mean of  (L(theta + d) - L(theta - d)) / 2 * eps / sigma,  d = sigma eps
     RGS   gradients:     mean of  grad L(theta + d)
 
-They differ where it matters. PGPE is an unbiased estimate of grad L_sigma for every bounded L. RGS
-estimates E[grad L(theta + d)], which is grad L_sigma only if L is continuous: a gradient does not
-see a jump. Take the step L(theta) = 1 if theta > 0 else 0: L_sigma(theta) is Phi(theta / sigma),
+They differ where it matters. PGPE is unbiased for grad L_sigma of every bounded L. RGS estimates
+E[grad L(theta + d)], which is grad L_sigma if L is continuous and piecewise smooth: a gradient does
+not see a jump. Take the step L(theta) = 1 if theta > 0 else 0: L_sigma(theta) = Phi(theta / sigma),
 its slope at 0 is 1 / (sigma sqrt(2 pi)). PGPE estimates that; RGS averages gradients that are all
 0. In return RGS learns D numbers from each evaluation, PGPE one, so RGS needs far fewer samples.
 
@@ -18,19 +18,16 @@ its slope at 0 is 1 / (sigma sqrt(2 pi)). PGPE estimates that; RGS averages grad
     Balauca et al. 2025, "Gaussian loss smoothing enables certified training with tight convex
     relaxations" (both, for certified training; RGS is their randomised gradient smoothing)
 
-Nothing here knows of networks or bounds. A loss maps parameter vectors (P, D) to losses (P,), each
-depending on its own vector alone. theta (D,) is read, never modified: there is nothing to restore
-after a step. All randomness comes from the torch.Generator passed in.
+A loss maps parameter vectors (P, D) to losses (P,), each depending on its own vector alone. theta
+(D,) is read, never modified. All randomness comes from the torch.Generator passed in.
 
 Parts. A loss that averages over data, L = (L_1 + ... + L_m) / m, may be passed as the sequence of
-the L_j: sample or pair i then sees number i mod m alone, at an m-th of the price. Their number n is
-a multiple of m, so all are seen equally often and the mean stays. n times the variance becomes the
-mean over j of that of one sample of L_j (independent samples). For slopes a_j, RGS stays exact, and
-PGPE goes, in coordinate k, from |a|^2 + a_k^2 with a = mean a_j to the mean of |a_j|^2 + a_jk^2.
+the L_j: sample or pair i then sees part i mod m alone, at an m-th of the price. Their number n is a
+multiple of m, so each part is seen n/m times, and the mean stays. The variance of independent
+samples is 1/n times the mean over the parts of that of one sample (docs/derivations.md).
 
 Many processes. With shard=(rank, world), all of torch.distributed's default group call an estimator
-together, with the same arguments and generator. Each draws all the noise and evaluates its share;
-they add up what they found: PGPE losses, never gradients; RGS a gradient.
+alike. Each draws all the noise and evaluates its share; they add up losses (PGPE), gradients (RGS).
 
 PGPE in eight lines:
 
@@ -56,11 +53,11 @@ def gradient(loss, theta):
 def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True, shard=(0, 1)):
     """Zeroth-order: (estimate of L_sigma(theta), of its gradient (D,), of its gradient by sigma).
 
-    With f+-_i = L(theta +- sigma * eps_i), i = 1..n, and m_i = (f+_i + f-_i) / 2:
+    With f+-_i = L(theta +- sigma * eps_i), i = 1..n, and v_i = (f+_i + f-_i) / 2:
         d/dtheta = 1/n sum_i (f+_i - f-_i)/2 * eps_i / sigma
-        d/dsigma = 1/n sum_i (m_i - b_i) * (eps_i^2 - 1) / sigma,   b_i = mean of the other m_j
-    (Sehnke et al. 2010: times sigma^2, with one b for all i.) Both are unbiased: b_i leaves its own
-    pair out, so it is independent of eps_i. With one pair b = 0.
+        d/dsigma = 1/n sum_i (v_i - b_i) * (eps_i^2 - 1) / sigma,   b_i = mean of the other v_j
+    (Sehnke et al. 2010: times sigma^2, with one b for all i.) Both are unbiased: b_i, of pairs of
+    the same part if it has others, leaves out its own, and with it eps_i. With one pair b = 0.
 
     loss: one, or a sequence of parts; both signs of a pair see the same.  theta: (D,).  sigma: a
     number or () tensor, shared, or (D,), per parameter; all positive. The sigma gradient has its
@@ -73,8 +70,10 @@ def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True, shard=(0,
     start = generator.get_state()
     turns, values = _antithetic_losses(losses, theta, sigma, pairs, generator, chunk, shard)
     middle, difference = values.mean(0), (values[0] - values[1]) / 2
-    # m_i - b_i = n/(n-1) (m_i - mean), since b_i leaves i out
-    surplus = (middle - middle.mean()) * pairs / (pairs - 1) if pairs > 1 else middle
+    columns = middle.view(-1, len(losses) if pairs > len(losses) else 1)
+    n = len(columns)
+    # v_i - b_i = n/(n-1) (v_i - mean), since b_i leaves i out
+    surplus = (columns - columns.mean(0)).flatten() * n / (n - 1) if n > 1 else middle
     sums = theta.new_zeros(2, len(theta))
     generator.set_state(start)                                    # the same noise again, (k, D)
     for _, i in turns:
@@ -108,13 +107,13 @@ def rgs(loss, theta, sigma, samples, generator, antithetic=False, chunk=None, sh
         sums += torch.cat([values.sum()[None], grads.sum(0)])
     if world > 1:
         torch.distributed.all_reduce(sums)
-    value, grad = (sums / samples).split([1, len(theta)])
-    return value[0], grad, None
+    mean = sums / samples
+    return mean[0], mean[1:], None
 
 
 def smoothed_loss(loss, theta, sigma, samples, generator, chunk=None):
-    """Monte Carlo estimate of L_sigma(theta) and its standard error (infinite for one pair) from
-    samples, an even number, in antithetic pairs: for plots and tests."""
+    """Monte Carlo estimate of L_sigma(theta) and its standard error (too large for parts, infinite
+    for one pair) from samples, an even number, in antithetic pairs: for plots and tests."""
     pairs = samples // 2
     losses, theta, sigma = _check(loss, theta, sigma, chunk, True, samples=samples, pairs=pairs)
     middle = _antithetic_losses(losses, theta, sigma, pairs, generator, chunk)[1].mean(0)
@@ -149,7 +148,7 @@ def _losses(loss, points):
     values = loss(points)
     if values.shape != points.shape[:1]:
         raise ValueError(f"loss has to map (P, D) to (P,), not {points.shape} to {values.shape}")
-    return values
+    return values.to(points)
 
 
 @torch.no_grad()
@@ -172,6 +171,8 @@ def _antithetic_losses(losses, theta, sigma, n, generator, chunk, shard=(0, 1)):
 
 def _gradients(loss, points):
     """Losses (n,) and their gradients (n, D), zero where the loss does not depend on the points."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() has no gradients; torch.no_grad() will do")
     points.requires_grad_()
     with torch.enable_grad():
         values = _losses(loss, points)
@@ -188,13 +189,12 @@ def _check(loss, theta, sigma=1.0, chunk=None, antithetic=False, **counts):
         raise ValueError(f"theta has to be one vector (D,), not {tuple(theta.shape)}")
     for name, n in {**counts, "chunk": chunk or 1}.items():
         if type(n) is not int or n < 1:
-            raise ValueError(f"{name}={n} has to be a whole number, at least 1")
+            raise ValueError(f"{name}={n!r} has to be an int, at least 1")
         if antithetic and name == "samples" and n % 2:
             raise ValueError(f"{name}={n} has to be even, for antithetic pairs")
         if name != "chunk" and (not losses or n % len(losses)):
             raise ValueError(f"{name}={n} has to be a multiple of the {len(losses)} losses")
     sigma = torch.as_tensor(sigma, dtype=theta.dtype, device=theta.device).detach()
     if sigma.shape not in ((), theta.shape) or not ((sigma > 0) & sigma.isfinite()).all():
-        raise ValueError(f"sigma has to be positive and finite, a number or a tensor like theta; "
-                         f"got {sigma.tolist() if sigma.dim() == 0 else tuple(sigma.shape)}")
+        raise ValueError("sigma has to be positive and finite, a number or a tensor like theta")
     return losses, theta.detach(), sigma

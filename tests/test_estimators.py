@@ -1,4 +1,5 @@
 """What callers of gls rely on beside its formulas: noise, memory, processes, what is refused."""
+import math
 from functools import partial
 
 import pytest
@@ -88,6 +89,13 @@ def test_estimators_touch_nobody_elses_gradient():
         assert all(t is None or t.dtype == torch.float32 and not t.requires_grad for t in result)
 
 
+def test_a_loss_may_say_yes_or_no():
+    theta, generator = torch.zeros(5), torch.Generator().manual_seed(0)
+    value, grad, _ = gls.pgpe(lambda t: t[:, 0] > 0, theta, 0.1, 4000, generator)
+    assert value == 0.5 and (grad[0] - 1 / (0.1 * math.sqrt(2 * math.pi))).abs() < 0.3
+    assert not gls.rgs(lambda t: t[:, 0] > 0, theta, 0.1, 4, generator)[1].any()
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda f, t, g: gls.rgs(f, t, 0.1, 2, g, chunk=-1), "chunk=-1"),
     (lambda f, t, g: gls.pgpe(f, t, 0.1, 2.5, g), "pairs=2.5"),
@@ -104,6 +112,8 @@ def test_estimators_touch_nobody_elses_gradient():
     (lambda f, t, g: gls.pgpe([f] * 4, t, 0.1, 6, g), "pairs=6 has to be a multiple of the 4"),
     (lambda f, t, g: gls.smoothed_loss([f] * 2, t, 0.1, 2, g), "pairs=1 has to be a multiple"),
     (lambda f, t, g: gls.pgpe([], t, 0.1, 6, g), "a multiple of the 0 losses"),
+    (torch.inference_mode()(lambda f, t, g: gls.rgs(f, t, 0.1, 2, g)), "has no gradients"),
+    (torch.inference_mode()(lambda f, t, g: gls.gradient(f, t)), "has no gradients"),
 ])
 def test_estimators_refuse_nonsense(call, message):
     with pytest.raises(ValueError) as error:
