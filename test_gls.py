@@ -798,13 +798,17 @@ def test_the_regularisers_get_the_mean_radius_that_the_network_sees(monkeypatch)
     """Widths with eps 0.1: at 0 and at 1 half of the ball is cut off; normalisation divides by
     the standard deviation."""
     calls = arrivals(monkeypatch, train, "regularizers")
-    norm = nn.BatchNorm2d(1, eps=0.0, affine=False)
-    norm.running_var.fill_(0.25)
-    net = nn.Sequential(norm, nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    norm, flat = nn.BatchNorm2d(1, eps=0.0, affine=False), nn.BatchNorm1d(4, eps=0.0, affine=False)
+    learns = nn.BatchNorm2d(1, eps=0.0)
+    for layer in (norm, flat, learns):
+        layer.running_var.fill_(0.25)
     x = torch.tensor([[0., 0.5, 1., 0.5], [0.5] * 4]).view(2, 1, 2, 2)
-    loss_at(net, x, torch.tensor([0, 1]), 0.1, "box", regularize=1.0)
-    widths = [0.1, 0.2, 0.1, 0.2, 0.2, 0.2, 0.2, 0.2]
-    assert calls[0][0]["radius"].item() == pytest.approx(sum(widths) / 8 / 2 / 0.5)
+    radius = sum([0.1, 0.2, 0.1, 0.2, 0.2, 0.2, 0.2, 0.2]) / 8 / 2
+    for first, factor in (([norm, nn.Flatten()], 2), ([nn.Identity(), norm, nn.Flatten()], 2),
+                          ([nn.Flatten(), flat], 2), ([learns, nn.Flatten()], 1)):
+        net = nn.Sequential(*first, nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+        loss_at(net, x, torch.tensor([0, 1]), 0.1, "box", regularize=1.0)
+        assert calls[-1][0]["radius"].item() == pytest.approx(factor * radius)
 
 
 def test_a_network_without_relu_trains(tmp_path):
@@ -1342,3 +1346,8 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path, capsys):
     assert code == 1 and "Try a smaller --lr" in err
     assert re.search(r"epoch 1, batch \d, eps 0.1: .*the bounds before layer 3 \(ReLU\(\)\)", err)
     assert train.load_run(tmp_path / "run")                            # the one before it is whole
+    within = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    net = nn.Sequential(nn.Flatten(), within, nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    within[0].weight.data.fill_(1e38)
+    with pytest.raises(FloatingPointError, match=r"the bounds before layer 1.1 \(ReLU\(\)\)"):
+        train.fit(net, torch.ones(2, 1, 2, 2), [0, 1], relax="box", opt="grad", epochs=1, eps=1)

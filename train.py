@@ -37,7 +37,7 @@ from plumbing.networks import (NETWORKS, build_network, from_config, ibp_init, i
                                new_network, update_batchnorm)
 from plumbing.processes import average, members_of_each, parts_of, process_group, ranks, summed
 from plumbing.reading import flat_layers
-from plumbing.rounding import check_finite, first_not_finite, in_float64, unit_of
+from plumbing.rounding import check_finite, first_not_finite, in_float64, scale_of
 from plumbing.runs import (at_start, check_unchanged, circumstances, data_of_run, is_finished,
                            lengthen, locked, moved, new_folder, read_checkpoint, recording,
                            restored, run_folder)
@@ -132,7 +132,7 @@ SETTINGS = {
     "validation": Setting(0, count(0), "test on the last N training images, held out, to tune"),
     "test_subset": Setting(None, count(1), "test on the first N test images; default: all"),
     "out": Setting(None, str, "the run folder; default: runs/DATASET-NET-RELAX-OPT-..., with what "
-                   "is set otherwise than usual"),
+                   "differs from the defaults"),
     "resume": Setting(None, run_folder, "go on with the run in this folder, from its last "
                       "checkpoint, or for more --epochs; beside these, only --dataset, --data-dir "
                       "and --device may be given"),
@@ -178,11 +178,9 @@ def complete(given, error=InputError.raised):
 
 def unflatten(thetas, net):
     """Parameter vectors (P, D) -> {name: (P, ...)}, in the order of net.parameters(). Views."""
-    params, start = {}, 0
-    for name, p in net.named_parameters():
-        params[name] = thetas[:, start:start + p.numel()].view(-1, *p.shape)
-        start += p.numel()
-    return params
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    parts = thetas.split([shape.numel() for shape in shapes.values()], 1)
+    return {name: part.unflatten(1, shapes[name]) for name, part in zip(shapes, parts)}
 
 
 def cross_entropy(margins):
@@ -226,9 +224,9 @@ def regularizers(bounds, radius, total=lambda t: t):
     bounds: [(l, u), ...] before each ReLU, (P, B, ...). radius: mean radius of the input box.
     tightness  mean over layers of relu(1/2 - radius / mean radius there) / (1/2): bounds that grow
     balance    mean over layers of [relu(1/2 - rho(m)) + relu(1/2 - rho(v))] / (1/2), where m is the
-               ratio of the centres of active to those of inactive neurons, v that of their
-               squared distances from the mean of all, and rho(t) = min(t, 1/t); a layer where
-               one is undefined is skipped
+               sum of the centres of active neurons over that of minus those of inactive ones, v
+               the ratio of the sums of their squared distances from the mean of all, and
+               rho(t) = min(t, 1/t); a layer where one is undefined is skipped
     total: sums over the processes that share a minibatch.
     """
     sums = lambda *ts: total(torch.stack([t.sum((1, 2)) for t in ts]))             # (len(ts), P)
@@ -242,8 +240,8 @@ def regularizers(bounds, radius, total=lambda t: t):
         active, inactive = l > 0, u < 0
         spread = (c - (c_sum / n)[:, None, None]).square()
         both = sums(c * active, -c * inactive, spread * active, spread * inactive)
-        both = both.unflatten(0, (2, 2))                                            # (2, 2, P)
-        defined = (both > 1e-12 * both.amax(1, keepdim=True)).all(0).all(0)
+        both = both.unflatten(0, (2, 2))                     # (m or v, active or inactive, P)
+        defined = (both > 1e-12 * both.amax(1, keepdim=True)).all((0, 1))
         m_v = torch.where(defined, both, 1.0)
         ratios = m_v[:, 0] / m_v[:, 1]
         off_balance = F.relu(0.5 - torch.minimum(ratios, 1 / ratios)) / 0.5
@@ -254,11 +252,12 @@ def regularizers(bounds, radius, total=lambda t: t):
 def input_radius(net, x, eps, total=lambda t: t):
     """Mean radius of the input boxes, in units of what the first layer that learns sees."""
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    _, first = next(flat_layers(net))
-    if isinstance(first, nn.BatchNorm2d):                                           # normalisation
-        low, high = first(low), first(high)
+    for _, layer in flat_layers(net):
+        if list(layer.parameters()):
+            break
+        low, high = layer(low), layer(high)
     widths = (high - low).abs().flatten(1).mean(1)
-    width, n = total(torch.stack([widths.sum(), torch.ones_like(widths).sum()]))
+    width, n = total(torch.stack([widths, torch.ones_like(widths)]).sum(1))
     return width / n / 2
 
 
@@ -310,7 +309,8 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
             value = cross_entropy(m)
         value = weight * (1 - kappa) * value.mean(-1)
         if kappa:
-            value = value + weight * kappa * vmap(F.cross_entropy, (0, None))(logits(x), y)
+            natural = vmap(F.cross_entropy, (0, None))(logits(x), y)
+            value = value + weight * kappa * natural
         if l1:
             value = value + l1 * size_of_weights(params)
         if regularize and bounds:
@@ -343,7 +343,7 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
     low = [margin_lower_bounds(net, a, b, eps, relax, **options) for a, b in batches]
     low = torch.cat(low)
     bound = smallest(low, y)
-    scale = low.abs().amax(-1).clamp(min=unit_of(net, x))
+    scale = low.abs().amax(-1).clamp(min=scale_of(net, x))
     close = bound.abs() < CLOSE * scale
     if close.any() and x.dtype != torch.float64:
         again = certified_margin(*in_float64(net, x[close], y[close]), eps, relax, batch, **options)
@@ -363,8 +363,9 @@ def evaluate(net, x, y, eps, batch=500, progress=lambda line: None, slope="adapt
     result = {"natural": forward_margin(net, x, y).cpu() > 0}
     progress("attacking")
     batches = zip(x.split(batch), y.split(batch))
-    attacked = [forward_margin(net, attack(net, a, b, eps), b).cpu() for a, b in batches]
-    result["attack"] = result["natural"] & (torch.cat(attacked) > 0)
+    points = [attack(net, *some, eps) for some in batches]
+    attacked = forward_margin(net, torch.cat(points), y).cpu()
+    result["attack"] = result["natural"] & (attacked > 0)
     for relax in CERTIFY:
         progress(f"bounding by {relax}")
         bound = certified_margin(net, x, y, eps, relax, slope=slope, **CERTIFY[relax])
@@ -425,8 +426,9 @@ def estimate(losses, theta, sigma, config, generator):
 
 
 def losses_of_step(net, x, y, eps, config, certified=None, trusted=False):
-    """robust_loss of each part of a minibatch (of all, if its images are fewer), whose average is
-    its loss, by the settings in config; what depends on the ramp goes by eps / eps_train."""
+    """robust_loss of each part of a minibatch (of all, if its images are fewer), by the settings in
+    config; what depends on the ramp goes by eps / eps_train. Their average is the loss of the whole
+    but for the regularisers, ratios of means, which each part has of its own images."""
     full = eps / config["eps_train"] if config["eps_train"] else 1.0
     options = {k: config[k] for k in ("relax", "loss", "kappa", "l1", "skip_stable", "slope",
                                       "alpha", "lam", "split", "expand", "slope_steps")}
@@ -443,7 +445,7 @@ def why_not_finite(net, x, eps, config, grad):
     with torch.no_grad():
         bounds = preactivation_bounds(net, x, eps, relax, skip_stable=config["skip_stable"],
                                       slope=config["slope"])
-    return first_not_finite(net, bounds, unflatten(grad[None], net))
+    return first_not_finite(flat_layers(net), bounds, unflatten(grad[None], net))
 
 
 def take_step(net, theta, optimizer, sigma, x, y, eps, config, *,

@@ -16,7 +16,8 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 def relu_lines(l, u):
     """Two lines around relu on [l, u]: lower * z <= relu(z) <= upper * z + intercept."""
     above = u.clamp(min=0)
-    upper = above / (above - l.clamp(max=0))          # the chord: 1 if l >= 0, 0 if u <= 0
+    width = above - l.clamp(max=0) + 1e-30            # not 0/0 for a neuron that is always 0
+    upper = above / width                             # the chord: 1 if l >= 0, 0 if u <= 0
     lower = (u >= -l).to(u)                           # 0 or 1, whichever is closer to relu
     return lower, upper, above - upper * above
 

@@ -131,11 +131,11 @@ class FastNetwork(Network):
 
 
 def fast_network(network):
-    """The FastNetwork of a Network, or None, if it has a layer that read_op does not know."""
+    """The FastNetwork of a Network; None, if it has no layer, or one that read_op does not know."""
     stages, source = [[] for _ in network.stages], ()      # source: shape of what the last Op gives
     for ops, layers in zip(stages, network.stages):
         for layer in layers:
             if not read_op(layer, ops, source):
                 return None
             source = ops[-1].out_shape
-    return FastNetwork(stages, network.shapes, network.P)
+    return FastNetwork(stages, network.shapes, network.P) if any(stages) else None

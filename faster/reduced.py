@@ -78,8 +78,10 @@ def pinned_forward(network, active, x):
 
 def reduced(network, box, l, u):
     """The Reduced of a Network on a ball, box (1, 1, N_in) twice, where its neurons have the bounds
-    l, u (N,); or None, if it would be too large."""
+    l, u (N,); or None, if it would be too large, or be the same."""
     sizes = [math.prod(shape) for shape in network.shapes]
+    if len(sizes) == 1:
+        return None                                        # without a ReLU there is nothing to do
     starts = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
     stay = ~(l >= 0) & ~(u <= 0)                           # also where bounds are NaN
     stay[:sizes[0]] = ~(u[:sizes[0]] <= 0)

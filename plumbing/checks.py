@@ -7,7 +7,6 @@ whose words are the same everywhere; those for networks are in reading.py.
 import math
 import numbers
 from copy import deepcopy
-from fractions import Fraction
 
 import torch
 import torch.nn as nn
@@ -15,6 +14,7 @@ import torch.nn as nn
 from plumbing.rounding import ROUNDING, unit_of
 
 FLOATS = torch.float32, torch.float64
+CROSSED = 1e-4        # of the largest bound: by so much rounding may put a lower above an upper one
 
 
 def is_plain(t):
@@ -106,8 +106,8 @@ def as_rule(slope, known):
 
 
 def check_bounds(pairs, shapes, x):
-    """Raises ValueError unless they are pairs (l, u) of tensors of these shapes, like x; or None.
-    """
+    """Raises ValueError unless they are pairs (l, u), l <= u but for rounding, of tensors of these
+    shapes, like x; or None."""
     if pairs is None:
         return
     try:
@@ -118,6 +118,9 @@ def check_bounds(pairs, shapes, x):
         sizes = [tuple(shape) for shape in shapes]
         raise ValueError(f"intermediate has to hold a pair (l, u) of each of the shapes {sizes}, "
                          f"{x.dtype} on {x.device} as x is")
+    for k, (l, u) in enumerate(pairs):
+        if (l - u > CROSSED * torch.maximum(l.abs().max(), u.abs().max())).any():
+            raise ValueError(f"intermediate[{k}] has lower bounds above upper ones")
 
 
 def as_labels(y, x, K=None):
@@ -141,7 +144,7 @@ def as_labels(y, x, K=None):
 def check_radius(eps):
     """Raises ValueError unless eps is one number, 0 <= eps < infinity."""
     single = torch.is_tensor(eps) and eps.dim() == 0 and eps.dtype in FLOATS
-    real = isinstance(eps, numbers.Real) and not isinstance(eps, (bool, Fraction))
+    real = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
     if not (single or real) or not 0 <= eps < math.inf:
         shown = f"a tensor {tuple(eps.shape)}" if torch.is_tensor(eps) and eps.dim() else eps
         raise ValueError(f"eps={shown} has to be a radius in pixels, 0 <= eps < infinity: one "
@@ -190,7 +193,7 @@ def check_copy(net):
         deepcopy(net)
     except (RuntimeError, TypeError) as e:
         raise ValueError(f"the network cannot be copied ({str(e).splitlines()[0]}); weights that "
-                         "are computed belong into torch.nn.utils.parametrize") from None
+                         "are computed belong in torch.nn.utils.parametrize") from None
 
 
 def check_training(net, x):
@@ -206,6 +209,10 @@ def check_training(net, x):
             raise ValueError(f"layer {name} has weights that are computed, which can be bounded, "
                              "but not trained here; remove_parametrizations, of "
                              "torch.nn.utils.parametrize, makes plain ones")
+    for name, p in net.named_parameters():
+        if not p.requires_grad:
+            raise ValueError(f"{name} is frozen, and training here moves all parameters; "
+                             "net.requires_grad_() makes that plain")
 
 
 @torch.no_grad()

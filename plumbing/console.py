@@ -129,11 +129,14 @@ def checked(settings, given, but=()):
             known = ", ".join(key for key in settings if key not in but)
             raise InputError(f"{name} is no setting here; known are {known}")
         limits = settings[name].limits
-        if isinstance(limits, tuple) or limits is bool:
-            if value not in (limits if limits is not bool else (False, True)):
-                raise InputError(f"{name}={value!r} has to be one of {limits}")
+        choices = (False, True) if limits is bool else limits
+        if isinstance(choices, tuple):
+            if value not in choices:
+                raise InputError(f"{name}={value!r} has to be one of {choices}")
             values[name] = value
         elif isinstance(limits, list):
+            if not isinstance(value, (list, tuple)):
+                raise InputError(f"{name}={value!r} has to be a list")
             values[name] = [limits[0](str(each)) for each in value]
         else:
             values[name] = limits(str(value))
@@ -182,8 +185,8 @@ def refuse_others(parser, given, option, *allowed):
         parser.error(f"argument --{option}: a run keeps its settings; leave out {names}")
 
 
-def number(low, high=math.inf, open_low=False):
-    """An argument type: a number or fraction ("8/255") within limits."""
+def number(low, high=math.inf, open_low=False, endless=False):
+    """An argument type: a number or fraction ("8/255") within limits; inf, if it may be endless."""
     limits = f"{'>' if open_low else '>='} {low:g}"
     if high < math.inf:
         limits += f" and <= {high:g}"
@@ -194,7 +197,7 @@ def number(low, high=math.inf, open_low=False):
         except (ValueError, ZeroDivisionError):
             value = math.nan
         above = low < value if open_low else low <= value
-        if not above or not value <= high or math.isinf(value):
+        if not above or not value <= high or math.isinf(value) and not endless:
             raise InputError(
                 f"{text!r} has to be a number {limits}, such as 0.1 or 2/255")
         return value
@@ -203,8 +206,8 @@ def number(low, high=math.inf, open_low=False):
 
 unit = number(0, 1)                          # [0, 1]
 positive_unit = number(0, 1, open_low=True)
-positive = number(0, open_low=True)
-not_negative = number(0)
+positive = number(1e-37, 1e37)               # as float32 has them
+not_negative = number(0, 1e37)
 
 
 def count(low, high=10 ** 9):

@@ -1,4 +1,7 @@
 """How many rows of coefficients go down at once, so that the bounds of a call fit into memory."""
+import math
+import numbers
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +23,7 @@ class Budget:
 
     def __init__(self, memory, t):
         memory = default_memory(t.device) if memory is None else memory
-        if not 0 <= memory < float("inf"):
+        if not isinstance(memory, numbers.Real) or not 0 <= memory < math.inf:
             raise ValueError(f"memory={memory} has to be a number of bytes")
         self.chunk, self.number = CHUNK[t.device.type], t.element_size()
         self.at_work, self.left = int(memory) // 4, int(memory) // 2

@@ -63,7 +63,8 @@ def build_network(name, input_shape, num_classes, init="ibp", statistics=None):
 def ibp_init(net):
     """net, with W ~ N(0, 2 pi / fan_in^2) for every layer but the last (Shi et al. 2021), so that
     no interval explodes; biases stay as they are. Uses torch's global generator."""
-    affine = [layer for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    kinds = nn.Conv1d, nn.Conv2d, nn.Linear
+    affine = [layer for layer in net.modules() if isinstance(layer, kinds)]
     for layer in affine[:-1]:
         nn.init.normal_(layer.weight, std=math.sqrt(2 * math.pi) / layer.weight[0].numel())
     return net

@@ -244,6 +244,8 @@ def stack_tensors(net, params, trusted=False):
 
 
 def check_params(params, own):
+    if not isinstance(params, dict) or not all(map(torch.is_tensor, params.values())):
+        raise ValueError(f"params has to map names to tensors, got {type(params).__name__}")
     unknown = sorted(params.keys() - own.keys())
     sizes = {tuple(t.shape[:1]) for t in params.values()}
     if unknown or len(sizes) > 1 or (0,) in sizes or () in sizes:

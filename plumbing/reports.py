@@ -116,20 +116,22 @@ def certify_radii(certify, net, config, data, path, args):
         header["layers"] = zlib.crc32(repr(config["layers"]).encode())
     known, made = {}, "" if args.weights else f" trained by {config['relax']}, {config['opt']}"
     radii = outside_in(args.eps or [config["eps"]])
+    files = {eps: file_of(args, path, eps) for eps in radii}
+    if len(set(files.values())) < len(files):
+        raise InputError("two radii of --eps agree in the six digits that name their files")
     for eps in radii if ranks()[0] == 0 else []:           # before any of them takes its time
-        read_log(file_of(args, path, eps), header | dict(eps=eps), verdict_of)
+        read_log(files[eps], header | dict(eps=eps), verdict_of)
     for eps in radii:
-        file = file_of(args, path, eps)
 
         def certify_some(indices, report):
             left = report_inherited(indices, eps, known, report)
             images = [indices[place] for place in left]
-            certify_images(certify, net, x, y, eps, file, images, batch=args.batch_size, **settings,
-                           report=lambda v: report(replace(v, index=left[v.index])))
+            certify_images(certify, net, x, y, eps, files[eps], images, batch=args.batch_size,
+                           **settings, report=lambda v: report(replace(v, index=left[v.index])))
 
         title = f"{path}: {config['net']}{made}; eps {eps:.4g}; {n} test images"
-        found = write_verdicts(file, header | dict(eps=eps), y.tolist(), certify_some, verdict_of,
-                               title, batch=args.batch_size)
+        found = write_verdicts(files[eps], header | dict(eps=eps), y.tolist(), certify_some,
+                               verdict_of, title, batch=args.batch_size)
         known[eps] = {i: v for i, v in found.items() if i < n}       # its file may have more
         if ranks()[0] == 0:
             print("\n".join(summary([known[eps][i] for i in range(n)], settings["stages"])))
@@ -172,8 +174,8 @@ def parse_args(argv, stages, settings):
                    "those of the test; 0: those of the test; default: the run's")
     p.add_argument("--stages", nargs="+", choices=stages, default=list(stages), metavar="STAGE",
                    help=f"of {', '.join(stages)}; default: all")
-    p.add_argument("--timeout", type=number(0, math.inf), default=30.0,
-                   help="seconds for each image; default: 30")
+    p.add_argument("--timeout", type=number(0, endless=True), default=30.0,
+                   help="seconds for each image, inf for no limit; default: 30")
     p.add_argument("--slope", choices=settings["slope"].limits,
                    help=settings["slope"].meaning + "; default: the run's, or adaptive")
     p.add_argument("--steps", type=count(1), default=40,

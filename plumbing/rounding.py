@@ -11,13 +11,19 @@ def ball(x, eps):
     """Lower and upper ends of the ball of pixels in [0, 1], in the dtype of x and rounded inwards:
     exactly inside."""
     exact = x.detach().cpu().double()
-    lower, upper = (exact - eps).clamp(min=0), (exact + eps).clamp(max=1)
-    low, high = lower.to(x.dtype), upper.to(x.dtype)
-    above = torch.nextafter(low, torch.ones_like(low))
-    below = torch.nextafter(high, torch.zeros_like(high))
-    low = torch.where(low < lower, above, low)
-    high = torch.where(high > upper, below, high)
+    eps = torch.as_tensor(eps, dtype=torch.float64).cpu()
+    low, high = (inwards(exact, move, x.dtype).clamp(0, 1) for move in (-eps, eps))
     return low.to(x.device), high.to(x.device)
+
+
+def inwards(x, move, dtype):
+    """x + move of float64 in a dtype: the nearest number that is not farther from x."""
+    end = x + move
+    moved = end - x
+    rest = (x - (end - moved)) + (move - moved)           # end + rest is x + move (Knuth's TwoSum)
+    near = end.to(dtype)
+    too_far = ((near.double() - end) - rest) * move.sign() > 0
+    return torch.where(too_far, torch.nextafter(near, x.to(dtype)), near)
 
 
 def in_float64(net, *tensors):
@@ -48,6 +54,16 @@ def unit_of(net, x):
     return 2.0 ** min(max(power, -126), 126)               # it and its inverse are float32 numbers
 
 
+@torch.no_grad()
+def scale_of(net, x):
+    """unit_of or, where larger values cancel in the margins, a scale for these: a million times
+    what rounding to the dtype of x changes the logits of the same images by, at most."""
+    images = torch.rand(16, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
+    exactly = in_float64(net, images)
+    error = (exactly[0](exactly[1]) - net(images).to(exactly[1])).abs().max().item()
+    return max(unit_of(net, x), 1e6 * error)
+
+
 def check_finite(value, norm, where, explain):
     """FloatingPointError if the loss or the gradient's norm of a step is not finite; explain says
     which numbers were not, "" if bounds and gradients are: then a finite loss leaves the norm."""
@@ -57,18 +73,19 @@ def check_finite(value, norm, where, explain):
                              "the bounds of the output, or a regulariser, are not finite")
         raise FloatingPointError(
             f"{where}: the loss is {value:.4g}, the gradient's norm {norm:.4g}; {what}. Try a "
-            "smaller --lr or a longer --ramp; the last good checkpoint is kept")
+            "smaller --lr or a longer --ramp; a run folder keeps its last good checkpoint")
 
 
-def first_not_finite(net, bounds, gradients):
+def first_not_finite(layers, bounds, gradients):
     """Where numbers stop being finite: a layer's bounds, else a parameter's gradient, else "".
 
-    bounds: (l, u) before each ReLU. gradients: {name of the parameter: gradient}.
+    layers: (name, layer) of all. bounds: (l, u) before each ReLU. gradients: {name of the
+    parameter: gradient}.
     """
-    relus = [i for i, layer in enumerate(net) if isinstance(layer, torch.nn.ReLU)]
-    for i, (l, u) in zip(relus, bounds):
+    relus = [(name, layer) for name, layer in layers if isinstance(layer, torch.nn.ReLU)]
+    for (name, relu), (l, u) in zip(relus, bounds):
         if not (l.isfinite() & u.isfinite()).all():
-            return f"the bounds before layer {i} ({net[i]}) are not finite"
+            return f"the bounds before layer {name} ({relu}) are not finite"
     for name, g in gradients.items():
         if not g.isfinite().all():
             return f"the gradient of layer {name} is not finite"

@@ -98,7 +98,7 @@ MISTAKES = {
           lambda y: [[1], [2, 3], 4, 5, 6], lambda y: "01234", lambda y: None, lambda y: {0: 1},
           lambda y: np.array([1, None, 2, 3, 1]), lambda y: torch.full((5,), 255).byte(),
           lambda y: y.to(torch.complex64)],
-    "eps": [True, Fraction(1, 10), -0.1, nan, inf, None, "0.1", [0.1], some, 1j, {},
+    "eps": [True, Fraction(-1, 10), -0.1, nan, inf, None, "0.1", [0.1], some, 1j, {},
             torch.full((5, 1, 1, 1), 0.1),
             np.full(5, 0.1), torch.tensor([0.1]), torch.tensor(-1.0), torch.tensor(nan)],
     "batch": [-1, 0, 2.5, nan, inf, "3", None, [1], 2 ** 70],
@@ -229,11 +229,12 @@ def test_weights_that_are_computed_may_be_those_of_the_last_layer():
 
 
 def test_what_is_right_is_taken():
-    """Weight norm as a parametrisation, gradients on, an eps of NumPy or PyTorch, no images."""
+    """Weight norm as a parametrisation, gradients on, an eps of any kind, no images."""
     problem = right()
     net, x, y = problem["net"], problem["x"], problem["y"]
     nn.utils.parametrizations.weight_norm(net[3])
-    for eps in (0.05, np.float64(0.05), np.float32(0.05), torch.tensor(0.05), 0):
+    for eps in (0.05, np.float64(0.05), np.float32(0.05), torch.tensor(0.05), 0, Fraction(1, 20)):
+        assert train.evaluate(net, x, y, eps)["natural"].all()
         found = certify.certify(net, x.clone().requires_grad_(), y, eps, batch=np.int64(2))
         assert {v.status for v in found} <= {"certified", "attacked"}
     assert certify.certify(net, x[:0], y[:0], 0.1) == []

@@ -234,7 +234,10 @@ def test_a_run_may_be_in_a_thread(tmp_path, monkeypatch):
     (dict(eps=2), "'2' has to be a number"), (dict(opt="adam"), "opt='adam' has to be one of"),
     (dict(samples=3), "3 is odd"), (dict(epoch=3), "epoch is no setting here; known are relax"),
     (dict(dataset="mnist"), "dataset is no setting"), (dict(skip_stable=3), "skip_stable=3"),
-    (dict(milestones=["x"]), "'x' has to be a whole number")])
+    (dict(milestones=["x"]), "'x' has to be a whole number"),
+    (dict(milestones=5), "milestones=5 has to be a list"),
+    (dict(antithetic="no"), r"antithetic='no' has to be one of \(False, True\)"),
+    (dict(sigma=1e-50), "'1e-50' has to be a number >= 1e-37")])
 def test_fit_refuses_what_is_no_setting(settings, words):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(ValueError, match=words):
@@ -258,10 +261,18 @@ def test_fit_refuses_images_and_labels_in_the_words_of_the_bounds(change, words)
 
 def test_fit_refuses_what_can_only_be_bounded():
     net = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(64, 10)))
+    frozen = nn.Sequential(nn.Flatten(), nn.Linear(64, 10).requires_grad_(False))
     x, y = torch.rand(4, 1, 8, 8), [0, 1, 2, 3]
-    for wrong, words in ((net, "layer 1 has weights that are computed"), (None, "got NoneType")):
+    for wrong, words in ((net, "layer 1 has weights that are computed"), (None, "got NoneType"),
+                         (frozen, "1.weight is frozen")):
         with pytest.raises(ValueError, match=words):
             train.fit(wrong, x, y, "cpu", lambda line: None, opt="grad", relax="box", epochs=1)
+
+
+def test_fit_has_no_gradient_in_inference_mode_and_says_so():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.inference_mode(), pytest.raises(ValueError, match="has no gradients"):
+        train.fit(net, torch.rand(4, 1, 8, 8), [0, 1, 2, 3], epochs=1)
 
 
 def test_fit_says_what_has_no_effect(capsys):

@@ -205,6 +205,10 @@ def test_networks_that_cannot_be_bounded(layers, message):
     (dict(net=nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.LazyLinear(4))),
      "layer 2 (LazyLinear) has no weights yet, run the network once"),
     (dict(memory=math.inf), "memory=inf has to be a number of bytes"),
+    (dict(intermediate=[(torch.ones(1, 7), torch.zeros(1, 7)), (torch.zeros(1, 6),) * 2]),
+     "intermediate[0] has lower bounds above upper ones"),
+    (dict(memory="1G"), "memory=1G has to be"), (dict(params=[1]), "names to tensors, got list"),
+    (dict(params={"0.weight": 1.0}), "names to tensors, got dict"),
     (dict(memory=math.nan), "memory=nan has to be"), (dict(memory=-1), "memory=-1 has to be"),
 ])
 def test_arguments_that_make_no_sense(change, message):

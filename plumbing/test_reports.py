@@ -84,6 +84,15 @@ def test_a_foreign_file_of_any_radius_is_refused_before_the_first_image(run, cap
     path.unlink()
 
 
+def test_radii_whose_files_have_one_name_are_refused_and_no_limit_is_a_limit(run, capsys):
+    assert command(certify.main, run, "--eps", "0.06", "0.0600000001") == 2
+    assert "two radii of --eps agree in the six digits" in capsys.readouterr().err
+    assert command(certify.main, run, "--eps", "0.07", "--samples", 3, "--timeout", "inf") == 0
+    assert "3 samples" in capsys.readouterr().out
+    assert command(certify.main, run, "--eps", "0.07", "--samples", 3, "--timeout", "inf") == 0
+    (run / "certify-eps0.07.jsonl").unlink()
+
+
 def test_what_one_radius_says_about_another():
     point = torch.zeros(1)
     of = lambda status, **more: {0.1: {0: Verdict(status, "box", 0.5, 3.0, **more)}}

@@ -166,3 +166,11 @@ def test_the_smallest_margin_found_alone_is_that_of_the_whole_network(eps, monke
         monkeypatch.setattr(reduced, "MOST", most)
         found.append([v.bound for v in certify.certify(net, x, y, eps, tolerance=1e-7)])
     assert calls and found[0] == pytest.approx(found[1], abs=2e-7)
+
+
+def test_an_affine_network_of_many_classes_has_many_roots_and_nothing_to_reduce():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 100)).eval(), torch.rand(3, 1, 4, 4)
+    for options in (dict(restarts=0), dict(tolerance=1e-4), dict(stages=["branch-and-bound"])):
+        found = certify.certify(net, x, net(x).argmax(1), 1.0, **options)
+        assert {v.status for v in found} == {"attacked"}

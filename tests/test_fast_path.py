@@ -5,12 +5,13 @@ import pytest
 import torch
 import torch.nn as nn
 
+import certify
 import relaxations
 import train
 from faster import backward
 from faster.layers import Op, conv_transpose
 from faster.windows import View
-from plumbing.for_tests import NETS, RELAXATIONS, arrivals, make
+from plumbing.for_tests import NETS, RELAXATIONS, arrivals, make, random_bn
 from relaxations import margin_lower_bounds, preactivation_bounds
 
 
@@ -215,3 +216,17 @@ def test_a_pass_costs_what_its_rows_keep(relax, monkeypatch):
     margin_lower_bounds(net, x[:2], y[:2], 0.1, relax, skip_stable=skip, steps=1)
     costs = {given["cost"] for given, _ in calls}
     assert {4000, 2000} <= costs <= {4000, 3000, 2000}
+
+
+@pytest.mark.parametrize("layers", [[], [nn.ReLU()], [nn.ReLU(), nn.Identity(), nn.ReLU()]])
+def test_a_network_with_no_layer_but_a_normalisation_is_bounded_too(layers):
+    """That is taken off, and nothing is left for a fast path."""
+    net = nn.Sequential(random_bn(2, nn.BatchNorm2d), *layers, nn.Flatten()).eval()
+    x = torch.rand(4, 2, 1, 2)
+    for relax in relaxations.RELAXATIONS:
+        low = margin_lower_bounds(net, x, torch.arange(4), 0.0, relax)
+        logits = net(x)
+        right = logits.gather(1, torch.arange(4)[:, None]) - logits
+        torch.testing.assert_close(low, right)
+    found = certify.certify(net, x, net(x).argmax(1), 1e-4)
+    assert {v.status for v in found} <= {"certified", "attacked"}

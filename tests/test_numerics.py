@@ -3,6 +3,7 @@ import itertools
 import math
 import sys
 from copy import deepcopy
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import relaxations
 import train
 from plumbing.for_tests import (NETS, RELAXATIONS, UNITS, hard_problem, in_ball, make, random_bn,
                                 random_subdomain, true_margins)
+from plumbing.rounding import ball
 from relaxations import margin_lower_bounds, preactivation_bounds
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -272,6 +274,55 @@ def test_rounding_is_no_contradiction_whatever_the_unit_of_the_margins():
                 else:
                     call()
             assert refuted.status == "attacked" and (wrong or proved.status == "attacked")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [0.0, 1e-30, 0.02, 0.1, 0.25, 2 / 255])
+def test_the_ends_of_a_ball_are_in_it_exactly_and_the_next_numbers_are_not(eps, dtype):
+    x = torch.rand(500, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    x[:3] = torch.tensor([0.0, 1.0, 0.5])
+    low, high = ball(x, eps)
+    exact = [Fraction(t) for t in x.tolist()]
+    lower = [max(t - Fraction(eps), 0) for t in exact]
+    upper = [min(t + Fraction(eps), 1) for t in exact]
+    for ends, wrong in (((low, high), False),
+                        ((low.nextafter(low - 1), high.nextafter(high + 1)), True)):
+        assert all((a < b) == wrong for a, b in zip(map(Fraction, ends[0].tolist()), lower))
+        assert all((a > b) == wrong for a, b in zip(map(Fraction, ends[1].tolist()), upper))
+
+
+@pytest.mark.parametrize("tolerance, dtype", [(None, torch.float64), (1e-4, torch.float32)])
+def test_counterexamples_in_float64_are_in_the_ball_exactly(tolerance, dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).to(dtype)
+    x = torch.rand(20, 1, 4, 4, dtype=dtype)
+    verdicts = certify.certify(net.eval(), x, net(x).argmax(1), 0.3, tolerance=tolerance)
+    found = [(v, image) for v, image in zip(verdicts, x) if v.status == "attacked"]
+    assert len(found) > 5
+    for v, image in found:
+        pairs = zip(v.counterexample.flatten().tolist(), image.flatten().tolist())
+        assert all(abs(Fraction(a) - Fraction(b)) <= Fraction(0.3) for a, b in pairs)
+
+
+@pytest.mark.parametrize("hidden", [0.0, 1e4, 1e5])
+def test_large_hidden_values_that_cancel_certify_nothing_wrong(hidden):
+    """Their rounding is that of the hidden values, not of the margins."""
+    for seed in range(30):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(),
+                            nn.Linear(6, 2)).eval().requires_grad_(False)
+        for layer in net[::2]:
+            layer.weight *= 4
+        net[2].bias += hidden
+        x = torch.rand(40, 2)
+        wide, x64 = train.in_float64(net, x)
+        logits = wide(x64)
+        net[4].bias[0] -= (logits[:, 0] - logits[:, 1]).median()
+        wide, x64 = train.in_float64(net, x)
+        y = wide(x64).argmax(1)
+        exactly = margin_lower_bounds(wide, x64, y, 1e-3, skip_stable=True)
+        found = train.evaluate(net, x, y, 1e-3)["deeppoly"]
+        assert not (found & ~(train.smallest(exactly, y) > 0)).any()
 
 
 def test_no_certificate_in_float32_is_contradicted_in_float64():

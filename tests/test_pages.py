@@ -88,6 +88,7 @@ def test_one_page_ends_with_the_weights_of_train(tmp_path, monkeypatch):
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"].values()
     for one, other in zip(net.parameters(), saved, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
+    assert [t.item() for t in one_page.relu_lines(torch.zeros(1), torch.zeros(1))] == [1, 0, 0]
     x, y = data.x_test[:20], data.y_test[:20]                          # and it bounds likewise
     theirs = train.load_run(tmp_path / "run")[0]
     torch.testing.assert_close(one_page.margins(net, x.flatten(1), y, 0.1),
