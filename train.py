@@ -309,8 +309,7 @@ def robust_loss(net, x, y, eps, relax="deeppoly", *, loss="cross-entropy", kappa
             value = cross_entropy(m)
         value = weight * (1 - kappa) * value.mean(-1)
         if kappa:
-            natural = vmap(F.cross_entropy, (0, None))(logits(x), y)
-            value = value + weight * kappa * natural
+            value = value + weight * kappa * vmap(F.cross_entropy, (0, None))(logits(x), y)
         if l1:
             value = value + l1 * size_of_weights(params)
         if regularize and bounds:
@@ -346,7 +345,8 @@ def certified_margin(net, x, y, eps, relax, batch=100, **options):
     scale = low.abs().amax(-1).clamp(min=scale_of(net, x))
     close = bound.abs() < CLOSE * scale
     if close.any() and x.dtype != torch.float64:
-        again = certified_margin(*in_float64(net, x[close], y[close]), eps, relax, batch, **options)
+        exact = in_float64(net, x[close], y[close])
+        again = certified_margin(*exact, eps, relax, batch, **options)
         bound[close] = again.to(bound)
     return bound
 
