@@ -477,7 +477,7 @@ def ascend(bound, free, limits, rates, steps, *, target=torch.inf, shield=nullco
     bound(free) -> (...); each tensor of free is (..., Q), Q numbers for each row. limits has its
     (lowest, highest), rates its first step size. The given choices are tried first, and each row
     keeps its best ones, so no row gets looser. Stops early when all bounds exceed target.
-    shield: a context for the bounds. No factor of the bounds matters: Adam's epsilon is tiny.
+    shield: a context for the bounds. Units do not matter: Adam's epsilon is tiny.
     """
     free = [t.detach().clone().requires_grad_() for t in free]
     groups = [{"params": t, "lr": rate} for t, rate in zip(free, rates)]

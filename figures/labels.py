@@ -14,7 +14,7 @@ import experiments
 
 FIELDS = {
     "table": "the table, as experiments.py calls it",
-    "in_table": "whether the line counts in that table; what it has not are sweeps and tuning",
+    "in_table": "whether the line counts in that table; the others are of sweeps and tuning",
     "sweeps": "the options whose sweeps it counts in",
     "relax": "the training loss", "opt": "the gradient", "seed": "of the training",
     "settings": "what was tuned, or swept, with the values of this line",
