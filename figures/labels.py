@@ -22,7 +22,7 @@ FIELDS = {
     "certify": "the command that certified it",
     "n": "images certified: test images, or, to tune, held-out ones",
     "natural": "how many are classified right", "attacked": "... have a counterexample",
-    "certified": "... are certified", "unknown": "... are neither: time was up",
+    "certified": "... are certified", "unknown": "... are neither: time was up, or rounding hides it",
     "certified_by": "how many each stage certified", "train_seconds": "of training",
     "certify_seconds": "of certification, all images together",
     "curve": "eps, loss and certified fraction after each epoch of training",
