@@ -344,6 +344,8 @@ def test_network_sizes_and_initialisation():
         assert layer.weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / fan_in, rel=0.05)
     last = net[9].weight.abs().max() * math.sqrt(512)                  # the last keeps PyTorch's
     assert 0.9 < last <= 1
+    line = train.ibp_init(nn.Sequential(nn.Conv1d(50, 200, 5), nn.ReLU(), nn.Linear(3, 2)))[0]
+    assert line.weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / 250, rel=0.05)
     mean, std, x = [0.1, 0.2, 0.3], [0.5, 0.4, 0.2], torch.rand(2, 3, 4, 4)
     normalized = train.build_network("mlp", (3, 4, 4), 3, statistics=(mean, std))[0](x)
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (mean, std))
