@@ -196,8 +196,9 @@ def number(low, high=math.inf, open_low=False, endless=False):
             value = float(Fraction(text)) if "/" in text else float(text)
         except (ValueError, ZeroDivisionError):
             value = math.nan
-        above = low < value if open_low else low <= value
-        if not above or not value <= high or math.isinf(value) and not endless:
+        seen = ctypes.c_float(value).value               # 1e-50 is 0 for a network, 1e50 is inf
+        above = low < seen if open_low else low <= seen
+        if not above or not value <= high or math.isinf(seen) and not endless:
             raise InputError(
                 f"{text!r} has to be a number {limits}, such as 0.1 or 2/255")
         return value
@@ -206,8 +207,8 @@ def number(low, high=math.inf, open_low=False, endless=False):
 
 unit = number(0, 1)                          # [0, 1]
 positive_unit = number(0, 1, open_low=True)
-positive = number(1e-37, 1e37)               # as float32 has them
-not_negative = number(0, 1e37)
+positive = number(0, open_low=True)
+not_negative = number(0)
 
 
 def count(low, high=10 ** 9):

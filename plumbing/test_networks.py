@@ -237,7 +237,8 @@ def test_a_run_may_be_in_a_thread(tmp_path, monkeypatch):
     (dict(milestones=["x"]), "'x' has to be a whole number"),
     (dict(milestones=5), "milestones=5 has to be a list"),
     (dict(antithetic="no"), r"antithetic='no' has to be one of \(False, True\)"),
-    (dict(sigma=1e-50), "'1e-50' has to be a number >= 1e-37")])
+    (dict(sigma=1e-50), "'1e-50' has to be a number > 0"),
+    (dict(lr=1e39), "'1e\\+39' has to be a number > 0")])
 def test_fit_refuses_what_is_no_setting(settings, words):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(ValueError, match=words):
