@@ -59,8 +59,8 @@ def scale_of(net, x):
     """unit_of or, where larger values cancel in the margins, a scale for these: a million times
     what rounding to the dtype of x changes the logits of the same images by, at most."""
     images = torch.rand(16, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
-    exactly = in_float64(net, images)
-    error = (exactly[0](exactly[1]) - net(images).to(exactly[1])).abs().max().item()
+    wide, images64 = in_float64(net, images)
+    error = (wide(images64) - net(images).to(images64)).abs().max().item()
     return max(unit_of(net, x), 1e6 * error)
 
 
