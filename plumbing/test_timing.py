@@ -8,42 +8,43 @@ import train
 from plumbing import runs, timing, verdicts
 from plumbing.for_tests import QUICK, command
 
-PLACES = 0, 1 / 16, 1 / 4, 1 / 2, 1                         # fractions of eps, and seconds there of
-COSTS = {                                                   # a step: at the start, when trained
-    "box": ([1.0] * 5, [1.0] * 5),
-    "digits": ([0.03, 0.06, 0.15, 0.14, 0.14], [0.03, 0.06, 0.15, 0.14, 0.14]),
-    "mnist": ([0.06, 0.29, 0.47, 0.42, 0.40], [0.08, 0.07, 0.11, 0.20, 0.28]),
-    "cifar10": ([0.10, 0.22, 0.67, 1.45, 1.58], [0.09, 0.13, 0.25, 0.47, 0.92])}
+# Real trainings of cnn3 by DeepPoly, one thread beside other work: steps, those of the ramp, what
+# was measured before the first, and seconds of a step in each twentieth of the run.
+RUNS = {
+    "mnist, 0.3, grad": (1252, 626, (.054, .714, .401, .421, .363, .344), (
+        .049, .056, .082, .141, .182, .175, .156, .143, .120, .115, .102, .107, .113, .102, .108,
+        .086, .084, .085, .090, .085)),
+    "mnist, 0.3, rgs": (1252, 626, (.054, .418, .345, .338, .343, .331), (
+        .060, .066, .090, .128, .156, .170, .155, .148, .133, .123, .106, .113, .104, .103, .099,
+        .096, .094, .096, .093, .087)),
+    "mnist, 0.1, grad": (1252, 626, (.049, .233, .406, .390, .397, .416), (
+        .050, .053, .062, .080, .095, .117, .143, .165, .175, .177, .162, .141, .126, .124, .123,
+        .107, .104, .102, .106, .106)),
+    "cifar10, grad": (500, 250, (.101, .235, .679, 1.056, 1.705, 1.505), (
+        .074, .081, .124, .176, .239, .306, .402, .393, .427, .327, .286, .278, .236, .210, .200,
+        .199, .227, .225, .222, .239)),
+    "cifar10, rgs": (500, 250, (.080, .247, .890, 1.425, 1.320, 1.448), (
+        .088, .094, .125, .181, .229, .324, .400, .458, .461, .415, .385, .357, .326, .318, .264,
+        .226, .255, .272, .257, .272)),
+    "digits, rgs": (1380, 552, (.026, .053, .105, .133, .122, .116), (
+        .030, .036, .042, .053, .062, .069, .075, .084, .087, .086, .089, .089, .095, .096, .091,
+        .090, .090, .091, .088, .090)),
+    "box": (4000, 1500, (.1,) * 6, (.1,) * 20)}
 
 
-@pytest.mark.parametrize("pace", [2, 4])                    # at which the weights become trained
-@pytest.mark.parametrize("kind", COSTS)
-def test_the_time_left_is_right_within_half_from_the_first_minute_on(monkeypatch, kind, pace):
-    ramp, steps, clock, done = 1500, 4000, [0.0], [0]
-    monkeypatch.setattr(timing.time, "time", lambda: clock[0])
-    noise = np.random.default_rng(0).uniform(0.8, 1.2, steps)
-    def cost(fraction):
-        trained = min(1, pace * done[0] / ramp)
-        first, last = (np.interp(fraction, PLACES, costs) for costs in COSTS[kind])
-        return (1 - trained) * first + trained * last
+@pytest.mark.parametrize("run", RUNS)
+def test_the_time_left_is_right_within_half_from_the_first_minute_on(run):
+    steps, ramp, measured, seconds = RUNS[run]
+    took = np.repeat(seconds, -(-steps // 20))[:steps]
+    took = took * np.random.default_rng(0).uniform(0.8, 1.2, steps)
     share = [train.eps_at((i + 1) / ramp, 1.0) for i in range(steps)]
-    left = timing.time_left(share, 0, lambda: {f: cost(f) / 4 for f in timing.FRACTIONS})
-    spent, said = [], []
-    for fraction, factor in zip(share, noise):
-        seconds = factor * cost(fraction)
-        clock[0] += seconds
-        said.append(left(seconds))
-        spent.append(clock[0])
-        done[0] += 1
-    spent, said = np.array(spent), np.array(said)
+    left = timing.time_left(share, 0, lambda: dict(zip(timing.FRACTIONS, measured)))
+    spent, said = took.cumsum(), np.array([left(t) for t in took])
     really = spent[-1] - spent
-    counts = (spent > 60) & (really > 30)
-    assert counts.sum() > 500
-    assert (said[counts] < 1.5 * really[counts]).all() and (1.5 * said[counts]
-                                                            > really[counts]).all()
-    if kind == "cifar10":                                          # as if all steps were alike
-        one_rate = spent / np.arange(1, steps + 1) * np.arange(steps - 1, -1, -1)
-        assert (one_rate[counts] < really[counts] / 3).any()
+    counts = (spent > 60) & (really > 10)
+    assert counts.sum() > 100
+    assert (said[counts] < 1.5 * really[counts]).all()
+    assert (1.5 * said[counts] > really[counts]).all()
 
 
 def test_the_cost_of_a_step_is_measured_without_changing_anything():
@@ -86,20 +87,18 @@ def test_a_single_image_and_single_batches():
 
 
 @pytest.mark.parametrize("ramp, steps", [(1500, 4000), (4000, 4000)])
-def test_the_time_left_is_right_where_the_loss_changes_at_full_radius(monkeypatch, ramp, steps):
+def test_the_time_left_is_right_where_the_loss_changes_at_full_radius(ramp, steps):
     """taps is box until the ramp is over: 0.2 s for a step, then 1.1 s."""
-    clock = [0.0]
-    monkeypatch.setattr(timing.time, "time", lambda: clock[0])
     cost = lambda fraction: 1.1 if fraction >= 1 - 1e-9 else 0.2
     share = [train.eps_at((i + 1) / ramp, 1.0) for i in range(steps)]
     left = timing.time_left(share, 0, lambda: {f: cost(f) / 4 for f in timing.FRACTIONS})
     spent, said = [], []
     for fraction in share:
-        clock[0] += cost(fraction)
+        spent.append(cost(fraction))
         said.append(left(cost(fraction)))
-        spent.append(clock[0])
-    really = spent[-1] - np.array(spent)
-    counts = (np.array(spent) > 60) & (really > 30)
+    spent = np.cumsum(spent)
+    really = spent[-1] - spent
+    counts = (spent > 60) & (really > 30)
     assert (np.array(said)[counts] < 1.5 * really[counts]).all()
     assert (1.5 * np.array(said)[counts] > really[counts]).all()
 
@@ -123,7 +122,7 @@ def test_the_length_of_a_step_is_measured_before_the_first_and_goes_into_the_tim
     assert command(train.main, *words) == 0 and measured == [True]
     lengths = [1 + 8 * eps / 0.1 for _, eps, _ in said]
     assert len(said) == 6 and lengths[0] < 1.2 and lengths[-1] == pytest.approx(9)
-    (seconds, eps, left), settles = said[0], timing.SETTLING * 8 / 9
+    (seconds, eps, left), settles = said[0], timing.SETTLING * (1 - lengths[0] / 9)
     expected = seconds / lengths[0] * sum(lengths[1:]) * (1 - settles * eps / 0.1)
     assert 0 < settles < 0.3 and left == pytest.approx(expected, rel=1e-3)
     assert command(train.main, "--resume", tmp_path / "run") == 0 and len(measured) == 1

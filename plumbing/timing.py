@@ -5,14 +5,13 @@ from itertools import accumulate
 
 import numpy as np
 
-from plumbing.processes import ranks
-
 # Fractions of the radius, where a step is measured: just below the whole one, too, since a loss may
 # change its kind there (TAPS does).
 FRACTIONS = 0.0, 1 / 16, 1 / 4, 1 / 2, 1 - 1e-6, 1.0
-# Steps at full radius get shorter while the network trains, as neurons become stable: those ahead
-# took 0.5 to 0.9 of what was measured (cnn3 by DeepPoly, MNIST at 0.1 and 0.3, CIFAR-10).
-SETTLING = 0.2
+# Of runs on digits, MNIST and CIFAR-10, cnn3 by DeepPoly. What a radius costs a new network is more
+# than what it costs one that has grown up to it, whose neurons are stable: about the square root of
+# it, in units of a step at radius 0. And at full radius later steps are shorter than early ones.
+GROWTH, SETTLING = 0.5, 0.3
 
 
 def seconds_at(step):
@@ -27,43 +26,36 @@ def seconds_at(step):
 
 
 def lengths_of(fractions, seconds):
-    """Of steps at these fractions of the radius, from seconds_at."""
-    return np.interp(fractions, list(seconds), list(seconds.values())).tolist()
+    """Of steps at these fractions of the radius, in units of one at 0, from seconds_at. What the
+    last step of the ramp and the first after it differ in is none of the network's."""
+    *ramp, whole = seconds.values()
+    lengths = [(t / ramp[0]) ** GROWTH for t in ramp]
+    lengths.append(lengths[-1] * whole / ramp[-1])
+    return np.interp(fractions, list(seconds), lengths).tolist()
 
 
-def time_left(fractions, done, measure=None, memory=20.0):
+def time_left(fractions, done, measure=None, memory=30.0):
     """A function seconds -> seconds left, to be called after each step with what it took. One at
     full radius may be ten times as long as the first ones: more neurons are unstable, and DeepPoly
     substitutes these only.
 
     fractions: of the radius, in all steps, of which so many are done. measure(): what seconds_at
-    returns for the network as it is, up to a factor: that of the last steps, about memory seconds
-    of them. It is called now and, since bounds change with the weights, every minute of the ramp,
-    or so much more rarely that it takes 2 % of the time. Without it all steps count the same.
+    returns, up to a factor, which is that of the last steps, about memory seconds of them. Without
+    it all steps count the same.
     """
-    ahead, lengths, spent, expected, again, settling = [], [], 0.0, 0.0, 0.0, 0.0
-
-    def renew():
-        nonlocal ahead, lengths, spent, expected, again, settling
-        begun = time.time()
-        seconds = measure() if measure else {0.0: 1.0, 1.0: 1.0}
-        lengths = lengths_of(fractions, seconds)
-        settling = SETTLING * max(0.0, 1 - seconds[0.0] / seconds[1.0])    # none if all are alike
-        ahead = [*accumulate(reversed(lengths), initial=0.0)][::-1]    # of step i and later
-        again = time.time() + max(60.0, 50 * (time.time() - begun))
-        spent = expected = 0.0
+    lengths = lengths_of(fractions, measure()) if measure else [1.0] * len(fractions)
+    ahead = [*accumulate(reversed(lengths), initial=0.0)][::-1]            # of step i and later
+    settling = SETTLING * max(0.0, 1 - min(lengths) / max(lengths))       # none if all are alike
+    spent = expected = 0.0
 
     def left(seconds):
         nonlocal spent, expected, done
-        if measure and ranks()[1] == 1 and time.time() > again and fractions[done] < 1:
-            renew()
         kept = math.exp(-seconds / memory)
         spent = kept * spent + seconds
         expected = kept * expected + lengths[done]
         done += 1
         return spent / expected * ahead[done] * (1 - settling * fractions[done - 1])
 
-    renew()
     return left
 
 
