@@ -122,7 +122,7 @@ def test_the_length_of_a_step_is_measured_before_the_first_and_goes_into_the_tim
     assert command(train.main, *words) == 0 and measured == [True]
     lengths = [1 + 8 * eps / 0.1 for _, eps, _ in said]
     assert len(said) == 6 and lengths[0] < 1.2 and lengths[-1] == pytest.approx(9)
-    (seconds, eps, left), settles = said[0], timing.SETTLING * (1 - lengths[0] / 9)
+    (seconds, eps, left), settles = said[0], timing.SETTLING * 8 / 9
     expected = seconds / lengths[0] * sum(lengths[1:]) * (1 - settles * eps / 0.1)
     assert 0 < settles < 0.3 and left == pytest.approx(expected, rel=1e-3)
     assert command(train.main, "--resume", tmp_path / "run") == 0 and len(measured) == 1

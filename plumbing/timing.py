@@ -43,9 +43,11 @@ def time_left(fractions, done, measure=None, memory=30.0):
     returns, up to a factor, which is that of the last steps, about memory seconds of them. Without
     it all steps count the same.
     """
-    lengths = lengths_of(fractions, measure()) if measure else [1.0] * len(fractions)
+    measured = measure() if measure else {0.0: 1.0, 1.0: 1.0}
+    lengths = lengths_of(fractions, measured)
     ahead = [*accumulate(reversed(lengths), initial=0.0)][::-1]            # of step i and later
-    settling = SETTLING * max(0.0, 1 - min(lengths) / max(lengths))       # none if all are alike
+    shortest, whole = lengths_of([0.0, 1.0], measured)
+    settling = SETTLING * max(0.0, 1 - shortest / whole)                  # none if all are alike
     spent = expected = 0.0
 
     def left(seconds):
