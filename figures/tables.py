@@ -84,6 +84,7 @@ def results_table(name):
 
 TITLE = {"digits": "digits", "digits-long": "digits, longer",
          "mnist-small-0.1": "MNIST, 0.1, small", "mnist-cnn3-0.1": "MNIST, 0.1",
+         "mnist-cnn3-0.1-all": "MNIST, 0.1, all images",
          "mnist-cnn3-0.3": "MNIST, 0.3", "mnist-cnn3-0.3-all": "MNIST, 0.3, all images",
          "cifar10-cnn3": "CIFAR-10, 2/255"}
 
