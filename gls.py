@@ -26,8 +26,8 @@ the L_j: sample or pair i then sees part i mod m alone, at an m-th of the price.
 multiple of m, so each part is seen n/m times, and the mean stays. The variance of independent
 samples is 1/n times the mean over the parts of that of one sample (docs/derivations.md).
 
-Many processes. With shard=(rank, world), all of torch.distributed's default group call an estimator
-alike. Each draws all the noise and evaluates its share; they add up losses (PGPE), gradients (RGS).
+Many processes. With shard=(rank, world), the processes of torch.distributed's default group make
+the same call, with equal generators; each evaluates its share. PGPE adds up losses, RGS gradients.
 
 PGPE in eight lines:
 
@@ -70,7 +70,7 @@ def pgpe(loss, theta, sigma, pairs, generator, chunk=None, adapt=True, shard=(0,
     start = generator.get_state()
     turns, values = _antithetic_losses(losses, theta, sigma, pairs, generator, chunk, shard)
     middle, difference = values.mean(0), (values[0] - values[1]) / 2
-    columns = middle.view(-1, len(losses) if pairs > len(losses) else 1)
+    columns = middle.view(-1, len(losses) if pairs > len(losses) else 1)     # (n, parts or 1)
     n = len(columns)
     # v_i - b_i = n/(n-1) (v_i - mean), since b_i leaves i out
     surplus = (columns - columns.mean(0)).flatten() * n / (n - 1) if n > 1 else middle
